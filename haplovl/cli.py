@@ -1,0 +1,126 @@
+"""The `haplovl` command: one sub-command per DVC stage, and a few for people.
+
+Every command imports what it needs when it runs, so that `haplovl --help` answers at once.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Train, evaluate and register your own single-transformer vision-language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def collect() -> None:
+    """Bring a data source into data/raw/."""
+    from haplovl.data.collect import collect
+    from haplovl.settings import load_params
+
+    collect(load_params())
+
+
+@app.command()
+def validate() -> None:
+    """Check every record; bad ones go to data/quarantine/ with the reason."""
+    from haplovl.data.validate import validate
+    from haplovl.settings import load_params
+
+    validate(load_params())
+
+
+@app.command()
+def teachers() -> None:
+    """Find, fetch or train the two teachers."""
+    from haplovl.settings import load_params
+    from haplovl.teachers import make_teachers
+
+    make_teachers(load_params())
+
+
+@app.command()
+def prepare() -> None:
+    """Turn validated records into Parquet shards of token ids and label spans."""
+    from haplovl.data.prepare import prepare
+    from haplovl.settings import load_params
+
+    prepare(load_params())
+
+
+@app.command()
+def train(
+    stage: Annotated[str, typer.Argument(help="stage1 (distillation) or stage2 (instruction tuning)")],
+    compute: Annotated[str | None, typer.Option(help="Profile from infra/compute/; default: $HAPLOVL_COMPUTE or laptop.")] = None,
+) -> None:
+    """Train one stage; a killed run continues from its last checkpoint."""
+    from haplovl.settings import load_compute, load_params
+    from haplovl.train.trainer import train_stage
+
+    train_stage(stage, load_params(), load_compute(compute))
+
+
+@app.command()
+def evaluate() -> None:
+    """Answer the held-out questions and write metrics and the report."""
+    from haplovl.evaluate.runner import evaluate
+    from haplovl.settings import load_params
+
+    evaluate(load_params())
+
+
+@app.command()
+def register() -> None:
+    """Write the deterministic candidate: model card, lineage and gate verdict."""
+    from haplovl.registry import register
+    from haplovl.settings import load_params
+
+    register(load_params())
+
+
+@app.command()
+def publish() -> None:
+    """Commit dvc.lock, tag the version (GTO) and log the W&B artifact."""
+    from haplovl.publish import publish
+    from haplovl.settings import load_params
+
+    publish(load_params())
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="The question, in quotes.")],
+    image: Annotated[list[Path] | None, typer.Option(help="An image file; repeat it for several.")] = None,
+    model: Annotated[Path, typer.Option(help="A trained model's folder.")] = Path("models/stage2"),
+) -> None:
+    """Ask a trained model one question about a picture."""
+    from haplovl.evaluate.answer import ask
+
+    print(ask(model, question, image or []))
+
+
+@app.command()
+def preset(name: Annotated[str | None, typer.Argument(help="A file of params/, without .yaml.")] = None) -> None:
+    """List the presets of params/, or make one the params.yaml of this project."""
+    from haplovl.presets import list_presets, use_preset
+
+    print("\n".join(list_presets()) if name is None else use_preset(name))
+
+
+def main() -> None:
+    """Runs the command; an error meant for the user ends it with one sentence and exit code 1."""
+    from haplovl.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno is None:
+            raise
+        sys.exit(f"error: {error.strerror}: {error.filename or 'while writing'}")

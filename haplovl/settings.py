@@ -1,0 +1,363 @@
+"""params.yaml and compute profiles as strict typed models.
+
+Every section of params.yaml is named after the DVC stage that reads it; `model` and `seed` are read by several.
+Unknown keys, mistyped keys and wrong types are errors that name the key and the nearest valid one.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from haplovl.errors import UserError
+
+PARAMS_FILE = Path("params.yaml")
+COMPUTE_FOLDER = Path("infra/compute")
+
+
+class SettingsError(UserError):
+    """A settings file that cannot be used; the message is one sentence for the user."""
+
+
+class Strict(BaseModel):
+    """Base of all settings: unknown keys are refused and values are not coerced."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+# --- collect -------------------------------------------------------------------------------------------------------
+class ScenesSource(Strict):
+    """The embedded data set: scenes of real handwritten digits from scikit-learn."""
+
+    kind: Literal["scenes"]
+    image_size: PositiveInt = 32
+    """Side of the square canvas in pixels; it holds 2x2 cells."""
+    train_records: PositiveInt
+    validation_records: PositiveInt
+    test_records: PositiveInt
+    questions_per_record: PositiveInt = 5
+    text_only_share: Share = 0.1
+    two_image_share: Share = 0.15
+
+
+class LlavaSource(Strict):
+    """LLaVA-style JSON or JSONL annotations beside a folder of images."""
+
+    kind: Literal["llava"]
+    annotations: list[str] = Field(min_length=1)
+    """Annotation files (.json or .jsonl)."""
+    images: str
+    """Folder that the records' image paths are relative to."""
+
+
+class CollectSettings(Strict):
+    source: ScenesSource | LlavaSource = Field(discriminator="kind")
+
+
+# --- validate ------------------------------------------------------------------------------------------------------
+class SplitShares(Strict):
+    """Shares of records held out when a source names no split; decided by image content."""
+
+    validation: Share = 0.01
+    test: Share = 0.02
+
+
+class ValidateSettings(Strict):
+    max_quarantined_share: Share = 0.02
+    """The stage fails when more than this share of the records is bad."""
+    max_image_pixels: PositiveInt = 50_000_000
+    """Larger images are refused from their header, before decoding."""
+    splits: SplitShares = SplitShares()
+
+
+# --- teachers ------------------------------------------------------------------------------------------------------
+class HubTeacher(Strict):
+    """A published model at a pinned revision."""
+
+    kind: Literal["hub"]
+    id: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
+class FolderTeacher(Strict):
+    """A transformers folder on this machine."""
+
+    kind: Literal["folder"]
+    path: str
+
+
+class TrainedVisionTeacher(Strict):
+    """A small CLIP trained here on the captions of the training scenes."""
+
+    kind: Literal["train"]
+    patch_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    steps: PositiveInt
+    batch: PositiveInt
+    learning_rate: PositiveFloat
+
+
+class TrainedLanguageTeacher(Strict):
+    """A small Llama with its own byte-level BPE tokenizer trained here on the training text."""
+
+    kind: Literal["train"]
+    vocabulary: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    max_positions: PositiveInt
+    steps: PositiveInt
+    batch: PositiveInt
+    learning_rate: PositiveFloat
+
+
+class TeachersSettings(Strict):
+    vision: HubTeacher | FolderTeacher | TrainedVisionTeacher = Field(discriminator="kind")
+    language: HubTeacher | FolderTeacher | TrainedLanguageTeacher = Field(discriminator="kind")
+
+
+# --- model ---------------------------------------------------------------------------------------------------------
+class ModelSettings(Strict):
+    """What the single transformer is made of; see docs/model.md."""
+
+    image_size: PositiveInt
+    """Side in pixels that images are padded to square and resized to; a multiple of the teacher's patch size."""
+    class_token: bool = True
+    """Keep the vision teacher's class token inside every image block."""
+    image_newline: bool = True
+    """End every row of patches with a learned newline token."""
+    pre_rotary_increment: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Rotary step between the tokens of one image in the pre-decoder: 0 all equal, 1 sequential (V2PE)."""
+    post_rotary_increment: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    pre_decoder: Literal["inherit", "random"] = "inherit"
+    pre_decoder_layers: PositiveInt | None = None
+    """First layers of the vision teacher to keep; all by default."""
+    connector: Literal["text_head", "random"] = "text_head"
+    """Start of the connector: stage 1's text head, or random."""
+
+
+# --- prepare -------------------------------------------------------------------------------------------------------
+class PrepareSettings(Strict):
+    chat_template: Literal["plain", "vicuna", "llama-3", "chatml"]
+    max_tokens: PositiveInt
+    """Longest record in tokens, image tokens included; longer ones are quarantined, never cut."""
+    records_per_shard: PositiveInt = 2048
+
+
+# --- train ---------------------------------------------------------------------------------------------------------
+class OptimizerSettings(Strict):
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: PositiveFloat
+    min_learning_rate_share: Share = 0.0
+    """Learning rate at the last step as a share of the peak."""
+    warmup_share: Share = 0.03
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_grad_norm: PositiveFloat = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yaml_lists_are_tuples(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("betas"), list):
+            data = {**data, "betas": tuple(float(beta) for beta in data["betas"])}
+        return data
+
+
+class BatchSettings(Strict):
+    """One optimiser step sees `rows` packed rows of at most `row_tokens` tokens."""
+
+    rows: PositiveInt
+    row_tokens: PositiveInt
+
+
+class StageMixture(Strict):
+    """Relative weights of record kinds; `interleaved` joins several records into one document."""
+
+    instruction: Annotated[float, Field(ge=0.0)] = 1.0
+    caption: Annotated[float, Field(ge=0.0)] = 0.0
+    text: Annotated[float, Field(ge=0.0)] = 1.0
+    interleaved: Share = 0.0
+    """Share of the documents that are built from several records (stage 1)."""
+
+
+class StageSettings(Strict):
+    """What both training stages have in common."""
+
+    steps: PositiveInt
+    precision: Literal["fp32", "bf16"] = "fp32"
+    batch: BatchSettings
+    optimizer: OptimizerSettings
+    mixture: StageMixture = StageMixture()
+    checkpoint_every: PositiveInt = 200
+
+
+class Stage1Settings(StageSettings):
+    """Distillation of the pre-decoder from the two frozen teachers."""
+
+    objective: Literal["distillation"] = "distillation"
+    vision_layer: int = -1
+    """Hidden state of the vision teacher that the image tokens must match (index into its hidden states)."""
+    temperature: PositiveFloat = 1.0
+    """tau of the current-token prediction."""
+
+
+class Stage2Settings(StageSettings):
+    """Full instruction tuning."""
+
+    objective: Literal["instruction"] = "instruction"
+
+
+# --- evaluate, register ---------------------------------------------------------------------------------------------
+class EvaluateSettings(Strict):
+    questions_per_type: PositiveInt = 200
+    max_new_tokens: PositiveInt = 8
+    batch: PositiveInt = 128
+    samples_in_report: PositiveInt = 30
+
+
+class RegisterSettings(Strict):
+    name: str = "haplovl"
+    min_accuracy: Share = 0.0
+    """Gate: overall exact match that a candidate needs."""
+    min_margin: Share = 0.0
+    """Gate: accuracy that every question type needs above the better of its two baselines."""
+
+
+class Params(Strict):
+    """The whole of params.yaml."""
+
+    recipe: str
+    seed: int
+    model: ModelSettings
+    collect: CollectSettings
+    validate_: ValidateSettings = Field(default=ValidateSettings(), alias="validate")
+    teachers: TeachersSettings
+    prepare: PrepareSettings
+    stage1: Stage1Settings
+    stage2: Stage2Settings
+    evaluate: EvaluateSettings = EvaluateSettings()
+    register_: RegisterSettings = Field(default=RegisterSettings(), alias="register")
+
+
+class ComputeProfile(Strict):
+    """Where and how a job runs; never part of a result's identity."""
+
+    name: str
+    launcher: Literal["local"] = "local"
+    device: Literal["cpu", "cuda"] = "cpu"
+    processes: PositiveInt = 1
+    threads: PositiveInt | None = None
+    """CPU threads per process; all cores by default."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    micro_batch_rows: PositiveInt
+    """Rows per forward pass on one process; the rest of a step's rows is gradient accumulation."""
+
+
+def load_params(path: Path | str = PARAMS_FILE) -> Params:
+    """Reads and checks a params file.
+
+    Raises:
+        SettingsError: the file is missing, is no YAML mapping, or a key or value is wrong (all of them are named).
+    """
+    return _load(Path(path), Params)
+
+
+def load_compute(name: str | None = None) -> ComputeProfile:
+    """Reads a compute profile: by name, else from HAPLOVL_COMPUTE, else `laptop`.
+
+    Raises:
+        SettingsError: no such profile, or it is wrong.
+    """
+    name = name or os.environ.get("HAPLOVL_COMPUTE") or "laptop"
+    path = COMPUTE_FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in COMPUTE_FOLDER.glob("*.yaml"))
+        raise SettingsError(f"no compute profile '{name}' in {COMPUTE_FOLDER}/; there is: {', '.join(known) or 'none'}")
+    return _load(path, ComputeProfile)
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of a JSON-able value or a settings model, independent of key order."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", by_alias=True)
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _load(path: Path, kind: type[Strict]) -> Any:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"there is no {path} here; run the command in the project's root folder") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise SettingsError(f"{path} must be a mapping of settings, found {type(data).__name__}")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise SettingsError("; ".join(_explain(path, kind, item, data) for item in error.errors())) from None
+
+
+def _explain(path: Path, kind: type[Strict], error: Any, data: dict) -> str:
+    """One sentence for one pydantic error, with the nearest valid key where a key is unknown."""
+    location = [str(part) for part in error["loc"]]
+    if error["type"] == "extra_forbidden":
+        # The parent's location leads to the settings class whose fields are the valid keys.
+        names = _valid_keys(kind, location[:-1])
+        near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.0)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        return f"{path}: unknown key '{'.'.join(_without_tags(location, data))}'{hint}"
+    name = ".".join(_without_tags(location, data))
+    if error["type"] == "missing":
+        return f"{path}: '{name}' is missing"
+    given = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
+    return f"{path}: '{name}': {error['msg'][0].lower()}{error['msg'][1:]}{given}"
+
+
+def _without_tags(location: list[str], data: Any) -> list[str]:
+    """Drops the discriminator tags that pydantic puts into the location of a union member."""
+    kept = []
+    for i, part in enumerate(location):
+        last = i == len(location) - 1
+        if isinstance(data, dict) and part not in data and data.get("kind") == part and not last:
+            continue
+        kept.append(part)
+        data = data.get(part) if isinstance(data, dict) else None
+    return kept
+
+
+def _valid_keys(kind: Any, location: list[str]) -> list[str]:
+    """The keys that the settings class at `location` below `kind` accepts."""
+    for i, part in enumerate(location):
+        fields = {field.alias or name: field for name, field in kind.model_fields.items()}
+        if part not in fields:
+            return list(fields)
+        annotation = fields[part].annotation
+        members = [m for m in getattr(annotation, "__args__", (annotation,)) if hasattr(m, "model_fields")]
+        if len(members) > 1:
+            tag = location[i + 1] if i + 1 < len(location) else None
+            tagged = [m for m in members if tag in getattr(m.model_fields["kind"].annotation, "__args__", ())]
+            members = tagged or members
+            if tagged:
+                return _valid_keys(members[0], location[i + 2 :])
+        if not members:
+            return []
+        kind = members[0]
+    return [field.alias or name for name, field in kind.model_fields.items()]
