@@ -56,7 +56,9 @@ def prepare() -> None:
 @app.command()
 def train(
     stage: Annotated[str, typer.Argument(help="stage1 (distillation) or stage2 (instruction tuning)")],
-    compute: Annotated[str | None, typer.Option(help="Profile from infra/compute/; default: $HAPLOVL_COMPUTE or laptop.")] = None,
+    compute: Annotated[
+        str | None, typer.Option(help="Profile from infra/compute/; default: $HAPLOVL_COMPUTE or laptop.")
+    ] = None,
 ) -> None:
     """Train one stage; a killed run continues from its last checkpoint."""
     from haplovl.settings import load_compute, load_params

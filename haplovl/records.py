@@ -15,6 +15,10 @@ class RecordError(ValueError):
     """A record that cannot be used; the message is the reason that quarantine shows."""
 
 
+class ConversationError(RecordError):
+    """A record whose fields are there, but whose conversation is empty or does not alternate."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """One question and its answer.
@@ -90,7 +94,18 @@ def parse_record(data: Any) -> Record:
     if split not in ("", *SPLITS):
         raise RecordError(f"'split' must be one of {', '.join(SPLITS)}, found {_short(split)}")
     system, turns = _parse_conversation(data.get("conversations"))
-    return Record(id=id_, images=tuple(images), turns=turns, split=split, system=system)
+    record = Record(id=id_, images=tuple(images), turns=turns, split=split, system=system)
+    _check_text(record)
+    return record
+
+
+def _check_text(record: Record) -> None:
+    """Refuses lone surrogates: JSON can spell them and damaged UTF-8 leaves them, but no tokenizer takes them."""
+    turns = [text for turn in record.turns for text in (turn.question, turn.answer, turn.kind)]
+    try:
+        "".join([record.id, record.system, *record.images, *turns]).encode()
+    except UnicodeEncodeError:
+        raise RecordError("the text holds damaged characters (no valid Unicode)") from None
 
 
 def _parse_conversation(messages: Any) -> tuple[str, tuple[Turn, ...]]:
@@ -105,12 +120,12 @@ def _parse_conversation(messages: Any) -> tuple[str, tuple[Turn, ...]]:
     if messages and messages[0]["from"] == "system":
         system, messages = messages[0]["value"], messages[1:]
     if not messages:
-        raise RecordError("the conversation is empty")
+        raise ConversationError("the conversation is empty")
     for i, message in enumerate(messages):
         if message["from"] != ROLES[i % 2]:
-            raise RecordError(f"turns do not alternate: message {i} is from '{message['from']}'")
+            raise ConversationError(f"turns do not alternate: message {i} is from '{message['from']}'")
     if len(messages) % 2:
-        raise RecordError("the last question has no answer")
+        raise ConversationError("the last question has no answer")
     pairs = zip(messages[0::2], messages[1::2], strict=True)
     return system, tuple(Turn(q["value"], a["value"], str(q.get("kind", ""))) for q, a in pairs)
 
@@ -124,13 +139,19 @@ def _short(value: Any, limit: int = 60) -> str:
 class RawItem:
     """One entry of an annotation file: its data, or the error that stands in its place.
 
-    `position` is the 1-based line (JSONL) or the 0-based index (JSON).
+    `position` is the 1-based line (JSONL) or the 0-based index (JSON). Beside an error, `raw` holds the beginning of
+    the text that could not be read.
     """
 
     file: str
     position: int
     data: Any = None
     error: str = ""
+    raw: str = ""
+
+
+RAW_LIMIT = 10_000
+"""Characters of unreadable text that a RawItem keeps."""
 
 
 def read_items(path: Path) -> Iterator[RawItem]:
@@ -151,17 +172,19 @@ def _read_jsonl(path: Path) -> Iterator[RawItem]:
             if not line.strip():
                 continue
             try:
-                yield RawItem(path.name, number, data=json.loads(line.decode("utf-8")))
+                yield RawItem(path.name, number, data=json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
             except (ValueError, RecursionError) as error:
-                yield RawItem(path.name, number, error=f"not valid JSON: {error}")
+                raw = line[:RAW_LIMIT].decode("utf-8", errors="replace")
+                yield RawItem(path.name, number, error=f"not valid JSON: {error}", raw=raw)
 
 
 def _read_json(path: Path) -> Iterator[RawItem]:
-    text = path.read_bytes().decode("utf-8", errors="replace")
+    # Damaged bytes become lone surrogates, which parse_record refuses: they cost their own record and no other.
+    text = path.read_bytes().decode("utf-8", errors="surrogateescape")
     decoder = json.JSONDecoder()
     start = _skip(text, 0, " \t\r\n\ufeff")
     if start >= len(text) or text[start] != "[":
-        yield RawItem(path.name, 0, error="the file must hold a JSON list of records")
+        yield RawItem(path.name, 0, error="the file must hold a JSON list of records", raw=text[:RAW_LIMIT])
         return
     start, index = _skip(text, start + 1), 0
     while True:
@@ -170,14 +193,16 @@ def _read_json(path: Path) -> Iterator[RawItem]:
         try:
             data, start = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
-            yield RawItem(path.name, index, error=f"not valid JSON from here to the end of the file: {error}")
+            lost = f"not valid JSON from here to the end of the file ({len(text) - start} characters): {error}"
+            yield RawItem(path.name, index, error=lost, raw=text[start : start + RAW_LIMIT])
             return
         yield RawItem(path.name, index, data=data)
         index, start = index + 1, _skip(text, start)
         if start < len(text) and text[start] == ",":
             start = _skip(text, start + 1)
         elif start >= len(text) or text[start] != "]":
-            yield RawItem(path.name, index, error="the list of records ends without ']' or lacks a ','")
+            lost = f"the list of records ends without ']' or lacks a ',' ({len(text) - start} characters follow)"
+            yield RawItem(path.name, index, error=lost, raw=text[start : start + RAW_LIMIT])
             return
 
 
@@ -189,6 +214,7 @@ def _skip(text: str, start: int, blanks: str = " \t\r\n") -> int:
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes dictionaries as JSON lines in a stable form (UTF-8, key order kept)."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    # A lone surrogate becomes its JSON escape, so that quarantine can show what it refuses.
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -71,6 +71,12 @@ class SplitShares(Strict):
     validation: Share = 0.01
     test: Share = 0.02
 
+    @model_validator(mode="after")
+    def _leave_training_data(self) -> "SplitShares":
+        if self.validation + self.test >= 1.0:
+            raise ValueError("validation and test leave nothing to train on")
+        return self
+
 
 class ValidateSettings(Strict):
     max_quarantined_share: Share = 0.02

@@ -187,7 +187,7 @@ def _record(maker: SceneMaker, source: ScenesSource, id_: str, images: Path) -> 
         path = f"{maker.split}/{id_}{letter if len(scenes) > 1 else ''}.png"
         maker.draw(scene).save(images / path)
         paths.append(path)
-    opening = " ".join([IMAGE_PLACEHOLDER] * len(scenes))
+    opening = IMAGE_PLACEHOLDER * len(scenes)
     turns[0] = Turn(f"{opening}\n{turns[0].question}", turns[0].answer, turns[0].kind)
     return Record(id_, tuple(paths), tuple(turns), maker.split)
 

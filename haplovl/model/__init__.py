@@ -1,0 +1,24 @@
+"""HaploVL: configuration, model, processor, and their registration with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from haplovl.model.configuration import HaploConfig, HaploPreDecoderConfig
+from haplovl.model.image_processing import HaploImageProcessor
+from haplovl.model.modeling import HaploForConditionalGeneration, HaploModel
+from haplovl.model.processing import HaploProcessor
+
+__all__ = [
+    "HaploConfig",
+    "HaploForConditionalGeneration",
+    "HaploImageProcessor",
+    "HaploModel",
+    "HaploPreDecoderConfig",
+    "HaploProcessor",
+]
+
+AutoConfig.register("haplovl", HaploConfig)
+AutoConfig.register("haplovl_pre_decoder", HaploPreDecoderConfig)
+AutoModel.register(HaploConfig, HaploModel)
+AutoModelForImageTextToText.register(HaploConfig, HaploForConditionalGeneration)
+AutoProcessor.register(HaploConfig, HaploProcessor)
+AutoImageProcessor.register(HaploConfig, slow_image_processor_class=HaploImageProcessor)

@@ -1,0 +1,189 @@
+"""Reads prepared shards and yields packed training batches; the position is the number of steps taken."""
+
+import io
+from bisect import bisect_right
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from haplovl.data.packing import draw_documents, fill_rows
+from haplovl.data.prepare import read_manifest
+from haplovl.errors import UserError
+from haplovl.files import PREPARED
+from haplovl.model import HaploProcessor
+from haplovl.model.processing import expand_placeholders
+from haplovl.settings import BatchSettings, StageMixture
+
+IGNORE = -100
+
+
+@dataclass
+class Batch:
+    """Packed rows for one forward pass.
+
+    Shapes: input_ids, labels, document_ids [rows, row tokens] (padding: label −100 and documents of its own);
+    pixel_values [N, C, H, W] in the order of the image blocks, or None; record_ids of everything inside.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    document_ids: torch.Tensor
+    pixel_values: torch.Tensor | None
+    record_ids: list[str]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record, expanded: token ids, labels (−100 where nothing is learnt) and its pictures' pixel values."""
+
+    id: str
+    input_ids: list[int]
+    labels: list[int]
+    pixel_values: torch.Tensor | None
+
+
+class PreparedRecords:
+    """Random access to the records of one split; shards are opened when first needed."""
+
+    def __init__(self, split: str, processor: HaploProcessor, folder: Path = PREPARED) -> None:
+        shards = [s for s in read_manifest(folder)["shards"] if s["split"] == split]
+        if not shards:
+            raise UserError(f"{folder} holds no records of the split '{split}'")
+        self.processor = processor
+        self._paths = [folder / shard["file"] for shard in shards]
+        self._open = lru_cache(maxsize=64)(lambda shard: pq.read_table(self._paths[shard], memory_map=True))
+        self._place: list[tuple[int, int]] = []
+        self.kinds: list[str] = []
+        self.lengths: list[int] = []
+        for number, path in enumerate(self._paths):
+            table = pq.read_table(path, columns=["kind", "tokens", "sizes"])
+            self._add(number, table)
+
+    def _add(self, number: int, table: pa.Table) -> None:
+        extra = self.processor.tokens_per_image - 1
+        columns = (table[name].to_pylist() for name in ("kind", "tokens", "sizes"))
+        for row, (kind, tokens, sizes) in enumerate(zip(*columns, strict=True)):
+            self._place.append((number, row))
+            self.kinds.append(kind)
+            self.lengths.append(tokens + extra * (len(sizes) // 2))
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def __getitem__(self, index: int) -> Sample:
+        shard, row = self._place[index]
+        data = self._open(shard).slice(row, 1).to_pylist()[0]
+        ids, spans = data["input_ids"], data["spans"]
+        labels = [IGNORE] * len(ids)
+        for start, stop in zip(spans[0::2], spans[1::2], strict=True):
+            labels[start:stop] = ids[start:stop]
+        per_image, image_id = self.processor.tokens_per_image, self.processor.image_token_id
+        full_labels: list[int] = []
+        for token, label in zip(ids, labels, strict=True):
+            full_labels.extend([label] * (per_image if token == image_id else 1))
+        pixels = None
+        if data["images"]:
+            pictures = [Image.open(io.BytesIO(content)) for content in data["images"]]
+            pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return Sample(data["id"], expand_placeholders(ids, image_id, per_image), full_labels, pixels)
+
+
+class PackedLoader:
+    """Yields the micro-batches of every optimiser step for one rank, from any step on.
+
+    Order and packing follow from the seed and the epoch alone, so step s always holds the same records, whatever the
+    number of ranks: the rows of a step are dealt to ranks in contiguous blocks.
+    """
+
+    def __init__(
+        self,
+        records: PreparedRecords,
+        batch: BatchSettings,
+        mixture: StageMixture,
+        seed: int,
+        micro_batch_rows: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        micro = min(micro_batch_rows, batch.rows // world) if batch.rows >= world else 0
+        if not micro or batch.rows % (micro * world):
+            raise UserError(
+                f"a step of {batch.rows} rows cannot be split over {world} processes in micro-batches of "
+                f"{micro_batch_rows} rows"
+            )
+        self.records, self.batch, self.mixture, self.seed = records, batch, mixture, seed
+        self.rank, self.world = rank, world
+        self.micro_batches = batch.rows // (micro * world)
+        """Micro-batches per step and rank: the gradient accumulation steps."""
+        self.micro_rows = micro
+        self._epoch = (-1, [])
+        self._first_steps = [0]  # first step of every epoch seen so far, and of the one after
+
+    def rows_of_step(self, step: int) -> list[list[list[int]]]:
+        """All rows of a step (counted from 0), over all ranks: rows of documents of record indices."""
+        while step >= self._first_steps[-1]:
+            rows = self._rows_of_epoch(len(self._first_steps) - 1)
+            self._first_steps.append(self._first_steps[-1] + len(rows) // self.batch.rows)
+        epoch = bisect_right(self._first_steps, step) - 1
+        start = (step - self._first_steps[epoch]) * self.batch.rows
+        return self._rows_of_epoch(epoch)[start : start + self.batch.rows]
+
+    def _rows_of_epoch(self, epoch: int) -> list[list[list[int]]]:
+        """The epoch's rows, cut to whole steps."""
+        if self._epoch[0] != epoch:
+            records, limit = self.records, self.batch.row_tokens
+            documents = draw_documents(records.kinds, records.lengths, self.mixture, limit, self.seed, epoch)
+            try:
+                rows = fill_rows(documents, records.lengths, limit)
+            except ValueError as error:
+                raise UserError(f"{error}; raise batch.row_tokens or lower prepare.max_tokens") from None
+            whole = len(rows) // self.batch.rows * self.batch.rows
+            if not whole:
+                raise UserError(f"one epoch fills {len(rows)} rows, fewer than the {self.batch.rows} of one step")
+            self._epoch = (epoch, rows[:whole])
+        return self._epoch[1]
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step."""
+        per_rank = self.batch.rows // self.world
+        rows = self.rows_of_step(step)[self.rank * per_rank : (self.rank + 1) * per_rank]
+        return [self._collate(rows[i : i + self.micro_rows]) for i in range(0, per_rank, self.micro_rows)]
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """Yields steps start … stop − 1; the next one is decoded beside the caller's work."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            upcoming = pool.submit(self.step, start) if start < stop else None
+            for number in range(start, stop):
+                ready = upcoming.result()
+                upcoming = pool.submit(self.step, number + 1) if number + 1 < stop else None
+                yield ready
+
+    def _collate(self, rows: list[list[list[int]]]) -> Batch:
+        shape = (len(rows), self.batch.row_tokens)
+        input_ids = torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, IGNORE)
+        document_ids = torch.full(shape, -1)
+        pixels, names = [], []
+        for r, row in enumerate(rows):
+            position = 0
+            for number, document in enumerate(row):
+                first = position
+                for sample in (self.records[index] for index in document):
+                    stop = position + len(sample.input_ids)
+                    input_ids[r, position:stop] = torch.tensor(sample.input_ids)
+                    labels[r, position:stop] = torch.tensor(sample.labels)
+                    document_ids[r, position:stop] = number
+                    names.append(sample.id)
+                    if sample.pixel_values is not None:
+                        pixels.append(sample.pixel_values)
+                    position = stop
+                # The first token of a document must not be predicted from the document before it.
+                labels[r, first] = IGNORE
+        return Batch(input_ids, labels, document_ids, torch.cat(pixels) if pixels else None, names)

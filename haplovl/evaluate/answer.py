@@ -1,0 +1,204 @@
+"""Free-running greedy answers: one fresh conversation per question, never the right answer's tokens as input."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.utils.logging import disable_progress_bar
+
+from haplovl.data.decode import ImageError, open_image
+from haplovl.errors import UserError
+
+ASK_TOKENS = 64
+"""Longest answer of `haplovl ask`, in tokens."""
+MIDDLE_GRAY = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and the mean log-probability of the tokens in which it said it (0 is certain)."""
+
+    text: str
+    confidence: float
+
+
+def answer(
+    model: Any,
+    processor: Any,
+    questions: Sequence[str],
+    images: Sequence[Sequence[Path]],
+    batch: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """The model's greedy answers to questions about pictures, in the order of the questions.
+
+    `images` holds the picture files of every question (none for a question about text).
+
+    Raises:
+        ImageError: a picture cannot be read.
+    """
+    answers = scored_answers(model, processor, questions, images, batch, max_new_tokens)
+    return [item.text for item in answers]
+
+
+def scored_answers(
+    model: Any,
+    processor: Any,
+    questions: Sequence[str],
+    images: Sequence[Sequence[Path]],
+    batch: int,
+    max_new_tokens: int,
+    open_picture: Callable[[Path], Image.Image] = open_image,
+    progress: Callable[[int], None] = lambda answered: None,
+) -> list[Answer]:
+    """Like `answer`, with confidences. Pictures are opened when their batch is due, with `open_picture`.
+
+    Questions of about the same length share a batch, so that little is computed for padding. `progress` is told after
+    every batch how many questions are answered.
+    """
+    model.eval()
+    by_length = sorted(range(len(questions)), key=lambda i: (len(images[i]), len(questions[i]), i))
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(by_length), batch):
+        chosen = by_length[start : start + batch]
+        pictures = [[open_picture(path) for path in images[i]] for i in chosen]
+        said = _answer_batch(model, processor, [questions[i] for i in chosen], pictures, max_new_tokens)
+        answers.update(zip(chosen, said, strict=True))
+        progress(len(answers))
+    return [answers[i] for i in range(len(questions))]
+
+
+def mean_colour(processor: Any) -> tuple[int, int, int]:
+    """The colour that the image processor's normalisation turns into zero: its mean over its own training pictures."""
+    mean = getattr(processor.image_processor, "image_mean", None) or MIDDLE_GRAY
+    red, green, blue = (round(255 * value) for value in mean)
+    return red, green, blue
+
+
+def blank(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """A picture of the same size in one colour.
+
+    The colour must be the processor's mean (`mean_colour`), never the mean of the picture itself: that would give away
+    how bright the scene is, hence how many digits it holds, and its colour.
+    """
+    return Image.new("RGB", image.size, colour)
+
+
+def load_model(folder: Path) -> tuple[Any, Any]:
+    """The model of a folder, ready to answer on the GPU if there is one, and its processor.
+
+    Raises:
+        UserError: the folder is missing, holds no HaploVL model, or the model is damaged.
+    """
+    _require_haplovl(folder)
+    disable_progress_bar()  # of the weights: they load in a moment, and an answer should stand alone
+    from haplovl.model import HaploForConditionalGeneration, HaploProcessor
+
+    try:
+        processor = HaploProcessor.from_pretrained(folder)
+        model, info = HaploForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"the model in {folder} cannot be loaded: {_one_line(error)}") from None
+    # transformers fills what a file lacks with random numbers and goes on; nobody should score those.
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(f"the model in {folder} is incomplete: {len(info['missing_keys'])} missing weights ({some})")
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def ask(model_dir: Path, question: str, images: list[Path]) -> str:
+    """The answer of a trained model to one question about pictures (or about none).
+
+    Raises:
+        UserError: the question is empty, the folder holds no HaploVL model, or a picture is missing or cannot be read.
+    """
+    if not question.strip():
+        raise UserError("the question is empty")
+    for path in images:
+        _require_picture(path)
+    model, processor = load_model(model_dir)
+    try:
+        return answer(model, processor, [question.strip()], [images], batch=1, max_new_tokens=ASK_TOKENS)[0]
+    except ValueError as error:
+        raise UserError(f"the model cannot take this question: {_one_line(error)}") from None
+
+
+class _Confidence(LogitsProcessor):
+    """Notes the log-probability of every greedy token; keeps one number per token instead of whole score tables."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # Greedy search takes the best token, so its log-probability is the largest one.
+        self.steps.append(scores.float().log_softmax(-1).amax(-1))
+        return scores
+
+
+@torch.inference_mode()
+def _answer_batch(
+    model: Any, processor: Any, questions: list[str], pictures: list[list[Image.Image]], max_new_tokens: int
+) -> list[Answer]:
+    texts = [
+        processor.apply_chat_template(_conversation(question, len(shown)), add_generation_prompt=True, tokenize=False)
+        for question, shown in zip(questions, pictures, strict=True)
+    ]
+    inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(model.device, model.dtype)
+    noted = _Confidence()
+    output_ids = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        # A model in training may prefer the image placeholder; as an answer it would be a picture that nobody gave.
+        suppress_tokens=[model.config.image_token_id],
+        logits_processor=LogitsProcessorList([noted]),
+    )
+    new_ids = output_ids[:, inputs["input_ids"].shape[1] :]
+    said = _until_end(new_ids, model.generation_config.eos_token_id)
+    log_probabilities = torch.stack(noted.steps, dim=1)
+    confidences = (log_probabilities * said).sum(1) / said.sum(1)
+    decoded = processor.batch_decode(new_ids, skip_special_tokens=True)
+    return [Answer(text.strip(), value) for text, value in zip(decoded, confidences.tolist(), strict=True)]
+
+
+def _conversation(question: str, images: int) -> list[dict[str, Any]]:
+    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+
+def _until_end(new_ids: torch.Tensor, end: int | list[int] | None) -> torch.Tensor:
+    """[B, T] True for the tokens up to and with the first end token; what follows is padding."""
+    ends = torch.tensor([end] if isinstance(end, int) else end or [], device=new_ids.device, dtype=new_ids.dtype)
+    is_end = torch.isin(new_ids, ends).int()
+    return is_end.cumsum(1) - is_end == 0
+
+
+def _require_haplovl(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"there is no model folder {folder}; train a model with 'dvc repro', or name one with --model")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{folder} is no model: it holds no readable config.json") from None
+    found = config.get("model_type") if isinstance(config, dict) else None
+    from haplovl.model import HaploForConditionalGeneration
+
+    if found != HaploForConditionalGeneration.config_class.model_type:
+        raise UserError(f"{folder} is not a HaploVL model: its config.json names the type {found!r}")
+
+
+def _require_picture(path: Path) -> None:
+    try:
+        open_image(path)
+    except ImageError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

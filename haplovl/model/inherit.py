@@ -1,0 +1,135 @@
+"""Builds a HaploVL model from a vision teacher (CLIP, SigLIP) and a causal language model, weight by weight."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from haplovl.model.configuration import HaploConfig, HaploPreDecoderConfig
+from haplovl.model.embedding import HaploImageEmbedding, resize_position_grid
+from haplovl.model.modeling import HaploForConditionalGeneration
+from haplovl.settings import ModelSettings
+
+VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
+
+
+def vision_part(config: PretrainedConfig) -> PretrainedConfig:
+    """The vision tower's configuration of a CLIP or SigLIP configuration.
+
+    Raises:
+        ValueError: another architecture.
+    """
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in VISION_TYPES:
+        raise ValueError(
+            f"the vision teacher is a '{config.model_type}'; the pre-decoder inherits from {' or '.join(VISION_TYPES)}"
+        )
+    return config
+
+
+def build_config(
+    vision: PretrainedConfig, text: PretrainedConfig, settings: ModelSettings, image_token_id: int
+) -> HaploConfig:
+    """The configuration of the model that inherits from these two teachers.
+
+    Raises:
+        ValueError: the settings do not fit the teachers.
+    """
+    vision = vision_part(vision)
+    is_clip = vision.model_type == "clip_vision_model"
+    if settings.class_token and not is_clip:
+        raise ValueError("model.class_token is on, but a SigLIP teacher has no class token")
+    layers = settings.pre_decoder_layers or vision.num_hidden_layers
+    if layers > vision.num_hidden_layers:
+        raise ValueError(f"model.pre_decoder_layers is {layers}, but the vision teacher has {vision.num_hidden_layers}")
+    pre = HaploPreDecoderConfig(
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=vision.num_attention_heads,
+        hidden_act=vision.hidden_act,
+        layer_norm_eps=vision.layer_norm_eps,
+        rotary_increment=settings.pre_rotary_increment,
+        patch_size=vision.patch_size,
+        num_channels=vision.num_channels,
+        patch_grid=settings.image_size // vision.patch_size,
+        patch_bias=not is_clip,
+        pre_layernorm=is_clip,
+        class_token=settings.class_token,
+        image_newline=settings.image_newline,
+    )
+    config = HaploConfig(
+        pre_config=pre,
+        text_config=text,
+        image_token_id=image_token_id,
+        image_size=settings.image_size,
+        post_rotary_increment=settings.post_rotary_increment,
+    )
+    _ = config.tokens_per_image  # refuses an image size that is no multiple of the patch size
+    return config
+
+
+def inherit(
+    vision: PreTrainedModel,
+    language: PreTrainedModel,
+    settings: ModelSettings,
+    image_token_id: int,
+    vocabulary: int,
+) -> HaploForConditionalGeneration:
+    """A HaploVL model with the teachers' weights; what no teacher has is drawn from torch's random generator.
+
+    `vocabulary` is the tokenizer's size; the language model's embeddings grow to it where they are smaller.
+
+    Raises:
+        ValueError: the teachers or the settings do not fit each other.
+    """
+    if vocabulary > language.config.get_text_config().vocab_size:
+        language.resize_token_embeddings(vocabulary, mean_resizing=False)
+    config = build_config(vision.config, language.config, settings, image_token_id)
+    model = HaploForConditionalGeneration(config).to(language.dtype)
+    inherit_language(model, language)
+    if settings.pre_decoder == "inherit":
+        inherit_vision(model, vision)
+    return model
+
+
+@torch.no_grad()
+def inherit_language(model: HaploForConditionalGeneration, language: PreTrainedModel) -> None:
+    """Copies the whole language model: its decoder and its head."""
+    model.model.language_model.load_state_dict(language.base_model.state_dict())
+    model.lm_head.weight.copy_(language.get_output_embeddings().weight)
+    model.generation_config.update(
+        **{name: getattr(language.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    )
+
+
+@torch.no_grad()
+def inherit_vision(model: HaploForConditionalGeneration, vision: PreTrainedModel) -> None:
+    """Copies patches, positions and the first layers of the vision teacher into embedding and pre-decoder."""
+    tower = getattr(vision, "vision_model", vision)
+    _inherit_embedding(model.model.image_embedding, tower.embeddings)
+    pre_decoder = model.model.pre_decoder
+    if isinstance(pre_decoder.pre_layernorm, nn.LayerNorm):
+        pre_decoder.pre_layernorm.load_state_dict(tower.pre_layrnorm.state_dict())
+    for ours, theirs in zip(pre_decoder.layers, tower.encoder.layers, strict=False):
+        ours.layer_norm1.load_state_dict(theirs.layer_norm1.state_dict())
+        ours.layer_norm2.load_state_dict(theirs.layer_norm2.state_dict())
+        ours.fc1.load_state_dict(theirs.mlp.fc1.state_dict())
+        ours.fc2.load_state_dict(theirs.mlp.fc2.state_dict())
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            getattr(ours.self_attn, name).load_state_dict(getattr(theirs.self_attn, name).state_dict())
+
+
+def _inherit_embedding(ours: HaploImageEmbedding, theirs: Any) -> None:
+    ours.patch.weight.copy_(theirs.patch_embedding.weight.flatten(1))
+    if ours.patch.bias is not None:
+        ours.patch.bias.copy_(theirs.patch_embedding.bias)
+    table = theirs.position_embedding.weight
+    if hasattr(theirs, "class_embedding"):
+        if ours.class_token is not None:
+            ours.class_token.copy_(theirs.class_embedding)
+            ours.class_position.copy_(table[0])
+        table = table[1:]
+    side = ours.config.patch_grid
+    ours.position.copy_(resize_position_grid(table, side, side))

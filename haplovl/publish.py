@@ -1,0 +1,219 @@
+"""`haplovl publish`: commits dvc.lock, registers the version with GTO and logs the W&B artifact.
+
+Git runs as a command; GTO and W&B are imported only when there is a new version, so that publishing an unchanged
+candidate takes a fraction of a second.
+"""
+
+import os
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from haplovl.errors import UserError
+from haplovl.files import CANDIDATE, RUNS, STAGE2, read_json, require, sha256_of, write_json
+from haplovl.settings import Params
+
+LOCK = "dvc.lock"
+PUBLISHED = RUNS / "published.json"
+WANDB_FOLDER = RUNS / "wandb"
+FALLBACK_NAME, FALLBACK_EMAIL = "HaploVL", "haplovl@localhost"
+WANDB_TIMEOUT = 30.0
+
+
+@dataclass
+class PublishResult:
+    """What `publish` did; also kept in runs/published.json."""
+
+    version: str | None
+    """Registered version such as `v0.0.1`; None when the gate failed."""
+    new: bool = False
+    reasons: list[str] = field(default_factory=list)
+    """Why the gate failed."""
+    committed: bool = False
+    dirty: list[str] = field(default_factory=list)
+    """Changed files that no commit holds, other than dvc.lock."""
+    commit: str = ""
+    wandb: str = ""
+    """Where the W&B artifact is, or `failed: …`."""
+
+    def line(self) -> str:
+        """One sentence for people."""
+        if self.version is None:
+            return "not registered: " + "; ".join(self.reasons)
+        return f"registered as {self.version}" if self.new else f"already registered as {self.version}"
+
+
+def publish(params: Params) -> PublishResult:
+    """Publishes the candidate; an unchanged one makes no new version, one that fails its gate makes none at all.
+
+    Raises:
+        UserError: no git repository, no dvc.lock, no candidate, or git refuses.
+    """
+    if not _git("rev-parse", "--is-inside-work-tree", check=False):
+        raise UserError("publish needs a git repository, and this folder is in none")
+    if not Path(LOCK).is_file():
+        raise UserError(f"{LOCK} is missing; run 'dvc repro' first")
+    name = params.register_.name
+    gate = read_json(require(CANDIDATE / "candidate.json", "register"))["gate"]
+    if not gate["passed"]:
+        return _finish(PublishResult(version=None, reasons=gate["reasons"]))
+
+    result = PublishResult(version=None, dirty=_dirty_files())
+    if result.dirty:
+        print(f"the tree is dirty; the commit will not hold: {', '.join(result.dirty)}")
+    result.committed = _commit_lock(name)
+    result.version = _registered_version(name, _candidate_hash(Path(LOCK).read_text(encoding="utf-8")))
+    result.new = result.version is None
+    if result.version is None:
+        result.version = _register_with_gto(name)
+    result.commit = _git("rev-list", "-n", "1", f"{name}@{result.version}")
+    before = read_json(PUBLISHED) if PUBLISHED.is_file() else {}
+    result.wandb = before.get("wandb", "") if before.get("version") == result.version else ""
+    if result.new or result.wandb.startswith("failed"):
+        result.wandb = _log_to_wandb(params, result)
+    return _finish(result)
+
+
+def _finish(result: PublishResult) -> PublishResult:
+    write_json(PUBLISHED, asdict(result))
+    print(result.line())
+    return result
+
+
+def _git(*arguments: str, check: bool = True) -> str:
+    """Output of a git command; an empty string when it fails and `check` is off.
+
+    Raises:
+        UserError: git is missing, or fails with `check` on.
+    """
+    try:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=_with_identity()
+        )
+    except FileNotFoundError:
+        raise UserError("publish needs git, which is not installed") from None
+    if done.returncode and check:
+        raise UserError(f"git {arguments[0]} failed: {' '.join((done.stderr or done.stdout).split())}")
+    return "" if done.returncode else done.stdout.rstrip("\n")
+
+
+def _with_identity() -> dict[str, str]:
+    """The environment, with a stand-in author where the user configured none."""
+    environment = dict(os.environ)
+    for key, fallback in (("name", FALLBACK_NAME), ("email", FALLBACK_EMAIL)):
+        known = subprocess.run(["git", "config", f"user.{key}"], capture_output=True, check=False).returncode == 0
+        for role in ("AUTHOR", "COMMITTER"):
+            if not known:
+                environment.setdefault(f"GIT_{role}_{key.upper()}", fallback)
+    return environment
+
+
+def _dirty_files() -> list[str]:
+    """Files with uncommitted changes, dvc.lock left out."""
+    entries = _git("status", "--porcelain", "-z", "--no-renames", "--", ".", f":(exclude){LOCK}").split("\0")
+    return [entry[3:] for entry in entries if entry]
+
+
+def _commit_lock(name: str) -> bool:
+    """Commits dvc.lock and nothing else, whatever the user has staged; False when it is committed already.
+
+    The user's git hooks run: a rule of their repository is theirs to waive, not ours.
+    """
+    if not _git("status", "--porcelain", "--", LOCK):
+        return False
+    _git("add", "--", LOCK)  # A commit by path knows no untracked files.
+    _git("commit", "--quiet", "--only", "-m", f"Record {name}: {LOCK} of the last pipeline run", "--", LOCK)
+    print(f"committed {LOCK}, and only that")
+    return True
+
+
+def _candidate_hash(lock_text: str) -> str | None:
+    """The hash of the candidate that a dvc.lock records."""
+    stages = (yaml.safe_load(lock_text) or {}).get("stages") or {}
+    for out in (stages.get("register") or {}).get("outs") or []:
+        if out.get("path") == CANDIDATE.as_posix():
+            return out.get("md5")
+    return None
+
+
+def _registered_version(name: str, candidate_hash: str | None) -> str | None:
+    """The newest version whose commit's dvc.lock records the same candidate."""
+    if candidate_hash is None:
+        raise UserError(f"{LOCK} does not record the stage 'register'; run 'dvc repro' first")
+    for tag in _git("tag", "--list", f"{name}@v*", "--sort=-version:refname").splitlines():
+        if _candidate_hash(_git("show", f"{tag}^{{commit}}:./{LOCK}", check=False)) == candidate_hash:
+            return tag.removeprefix(f"{name}@")
+    return None
+
+
+def _register_with_gto(name: str) -> str:
+    """Tags HEAD with the artifact's next version; returns it.
+
+    Raises:
+        UserError: GTO refuses, for example because HEAD already has a version.
+    """
+    import gto.api
+    from gto.exceptions import GTOException
+
+    identity = _with_identity()
+    author = identity.get("GIT_COMMITTER_NAME"), identity.get("GIT_COMMITTER_EMAIL")
+    try:
+        tag = gto.api.register(".", name, "HEAD", author=author[0], author_email=author[1])
+    except GTOException as error:
+        raise UserError(f"GTO could not register {name}: {error}") from None
+    return tag.version
+
+
+def _log_to_wandb(params: Params, result: PublishResult) -> str:
+    """Logs candidate and model as a W&B artifact; a failure is told, and never costs the registered version.
+
+    Offline unless the user sets WANDB_API_KEY or WANDB_MODE; nothing is written outside runs/wandb.
+    """
+    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    if mode == "disabled":
+        return "disabled"
+    try:
+        where = _wandb_artifact(params, result, mode)
+    except Exception as error:  # W&B raises many kinds; the version is already safe in git.
+        print(f"W&B failed, the version is registered all the same; 'haplovl publish' tries again: {error}")
+        return f"failed: {' '.join(str(error).split())}"
+    print(f"W&B artifact logged ({mode}): {where}")
+    return where
+
+
+def _wandb_artifact(params: Params, result: PublishResult, mode: str) -> str:
+    folder = WANDB_FOLDER.absolute()
+    for part in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):
+        (folder / part.lower()).mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault(f"WANDB_{part}_DIR", str(folder / part.lower()))
+    import wandb
+
+    candidate: dict[str, Any] = read_json(CANDIDATE / "candidate.json")
+    settings = wandb.Settings(silent=True, console="off", init_timeout=WANDB_TIMEOUT, disable_git=True)
+    metadata = {
+        "git_commit": result.commit,
+        "dvc_lock_sha256": sha256_of(Path(LOCK)),
+        "version": result.version,
+        "dirty": result.dirty,
+    }
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT") or params.register_.name,
+        name=f"{params.register_.name}@{result.version}",
+        job_type="publish",
+        dir=str(RUNS),
+        mode=mode,
+        config={**metadata, "params": candidate["params"]},
+        settings=settings,
+    )
+    try:
+        run.summary["accuracy"] = candidate["metrics"]["evaluation"]["accuracy"]
+        artifact = wandb.Artifact(params.register_.name, type="model", metadata=metadata)
+        artifact.add_dir(str(CANDIDATE), name="candidate")
+        artifact.add_dir(str(STAGE2), name="model")
+        run.log_artifact(artifact, aliases=[str(result.version)])
+    finally:
+        run.finish()
+    return str(run.url) if mode == "online" else os.path.relpath(Path(run.dir).parent)

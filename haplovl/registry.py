@@ -1,0 +1,187 @@
+"""The `register` stage: a deterministic candidate with model card, lineage and gate verdict.
+
+Nothing in it depends on when, where or from which commit it was made; `haplovl.publish` adds that outside the outs.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from haplovl.files import (
+    CANDIDATE,
+    METRICS,
+    PREPARED,
+    STAGE2,
+    TEACHERS,
+    read_json,
+    require,
+    sha256_of,
+    sha256_of_folder,
+    whole_folder,
+    write_json,
+    write_whole,
+)
+from haplovl.settings import Params, fingerprint
+
+
+def register(params: Params, out: Path = CANDIDATE) -> None:
+    """Writes `candidate.json` and `MODEL_CARD.md`; a failed gate is recorded, not raised.
+
+    Raises:
+        UserError: an output of an earlier stage is missing or damaged.
+    """
+    evaluation = read_json(require(METRICS / "evaluation.json", "evaluate"))
+    candidate = {
+        "name": params.register_.name,
+        "recipe": params.recipe,
+        "seed": params.seed,
+        "params": params.model_dump(mode="json", by_alias=True),
+        "params_fingerprint": fingerprint(params),
+        "data_manifest_sha256": sha256_of(require(PREPARED / "manifest.json", "prepare")),
+        "teachers": read_json(require(TEACHERS / "teachers.json", "teachers")),
+        "model_sha256": sha256_of_folder(require(STAGE2, "train stage2")),
+        "metrics": {
+            "evaluation": evaluation,
+            "validation": read_json(require(METRICS / "validation.json", "validate")),
+        },
+        "gate": judge(params, evaluation),
+    }
+    with whole_folder(out) as folder:
+        write_json(folder / "candidate.json", candidate)
+        write_whole(folder / "MODEL_CARD.md", model_card(candidate))
+    verdict = candidate["gate"]
+    print("gate passed" if verdict["passed"] else "gate failed: " + "; ".join(verdict["reasons"]))
+
+
+def judge(params: Params, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The gate: overall accuracy, and every type's margin above the better of its two baselines."""
+    gate = params.register_
+    reasons = []
+    if not evaluation["accuracy"] >= gate.min_accuracy:
+        reasons.append(f"accuracy {evaluation['accuracy']:.3f} is below {gate.min_accuracy:.3f}")
+    for name, scores in sorted(evaluation["types"].items()):
+        margin = _margin(scores)
+        if not margin >= gate.min_margin:
+            reasons.append(f"'{name}' is {margin:+.3f} from its better baseline, needs {gate.min_margin:+.3f}")
+    return {"passed": not reasons, "reasons": reasons}
+
+
+def model_card(candidate: dict[str, Any]) -> str:
+    """The card in the hub's format: YAML front matter, then what a reader must know before using the model."""
+    evaluation = candidate["metrics"]["evaluation"]
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["haplovl", "vision-language", "single-transformer"],
+        "model-index": [
+            {
+                "name": candidate["name"],
+                "results": [
+                    {
+                        "task": {"type": "visual-question-answering"},
+                        "dataset": {"type": _source(candidate), "name": "held-out test split"},
+                        "metrics": [{"type": "exact_match", "value": evaluation["accuracy"]}],
+                    }
+                ],
+            }
+        ],
+    }
+    sections = [
+        _introduction(candidate),
+        _training(candidate),
+        _results(evaluation, candidate["gate"]),
+        _LIMITS,
+        _USE,
+    ]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _introduction(candidate: dict[str, Any]) -> str:
+    return (
+        f"# {candidate['name']}\n\n"
+        "A vision-language model that is one transformer: image patches and text tokens share one sequence from the\n"
+        "first layer, and no separate vision encoder runs. Architecture: HaploVL (arXiv 2503.14694). Tokens of one\n"
+        "image see each other both ways; everything else is causal."
+    )
+
+
+def _training(candidate: dict[str, Any]) -> str:
+    params = candidate["params"]
+    rows = [
+        ("recipe", candidate["recipe"]),
+        ("seed", candidate["seed"]),
+        ("data source", _source(candidate)),
+        ("chat template", params["prepare"]["chat_template"]),
+        ("image size", f"{params['model']['image_size']} pixels"),
+        ("stage 1 (distillation)", _stage(params["stage1"])),
+        ("stage 2 (instruction tuning)", _stage(params["stage2"])),
+        ("vision teacher", _teacher(params["teachers"]["vision"])),
+        ("language model", _teacher(params["teachers"]["language"])),
+        ("prepared data, sha256 of its manifest", f"`{candidate['data_manifest_sha256']}`"),
+        ("model folder, sha256", f"`{candidate['model_sha256']}`"),
+        ("params, sha256", f"`{candidate['params_fingerprint']}`"),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"## Data and training\n\n| | |\n|---|---|\n{table}\n\nAll settings are in `candidate.json`."
+
+
+def _results(evaluation: dict[str, Any], gate: dict[str, Any]) -> str:
+    lines = [
+        "## Results",
+        "",
+        f"Exact match on held-out questions: **{evaluation['accuracy']:.3f}**. The baselines give the most frequent",
+        "training answer, and ask the same model with a blank picture.",
+        "",
+        "| question type | accuracy | majority | blank image | margin | questions |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, scores in sorted(evaluation["types"].items()):
+        values = (scores["accuracy"], scores["majority"], scores["blank_image"], _margin(scores))
+        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + f" | {scores['n']} |")
+    verdict = "passed" if gate["passed"] else "**failed**: " + "; ".join(gate["reasons"])
+    return "\n".join([*lines, "", f"Release gate: {verdict}."])
+
+
+_LIMITS = """## Limits
+
+The numbers hold for the data named above; other pictures, languages and kinds of question were not measured here.
+The model can state wrong answers with confidence. It inherits the licences and the biases of its teachers and data."""
+
+_USE = """## How to use
+
+```bash
+.venv/bin/haplovl ask --image picture.png "What is in the picture?"
+```
+
+```python
+import haplovl.model  # registers the classes with transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("models/stage2")
+processor = AutoProcessor.from_pretrained("models/stage2")
+```"""
+
+
+def _margin(scores: dict[str, Any]) -> float:
+    return scores["accuracy"] - max(scores["majority"], scores["blank_image"])
+
+
+def _source(candidate: dict[str, Any]) -> str:
+    return candidate["params"]["collect"]["source"]["kind"]
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    batch = stage["batch"]
+    return (
+        f"{stage['steps']} steps of {batch['rows']} rows of {batch['row_tokens']} tokens, "
+        f"AdamW at {stage['optimizer']['learning_rate']:g}, {stage['precision']}"
+    )
+
+
+def _teacher(teacher: dict[str, Any]) -> str:
+    if teacher["kind"] == "hub":
+        return f"{teacher['id']} at `{teacher['revision']}`"
+    if teacher["kind"] == "folder":
+        return f"local folder `{teacher['path']}`"
+    return f"trained here: {teacher['layers']} layers of width {teacher['hidden_size']}"

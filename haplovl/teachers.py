@@ -1,0 +1,151 @@
+"""The two frozen teachers: fetched at a pinned revision, taken from a folder, or small ones trained here.
+
+Whatever their origin, they end as `models/teachers/vision` and `models/teachers/language` (safetensors), with the
+processor that the model will use in `models/teachers/processor` and their lineage in `teachers.json`.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SiglipVisionModel,
+)
+
+from haplovl.data.conversation import TEMPLATES
+from haplovl.errors import UserError
+from haplovl.files import TEACHERS, VALIDATED, require, sha256_of_folder, whole_folder, write_json
+from haplovl.model import HaploImageProcessor, HaploProcessor
+from haplovl.model.inherit import vision_part
+from haplovl.model.processing import IMAGE_TOKEN
+from haplovl.settings import FolderTeacher, HubTeacher, Params
+
+PAD_TOKEN = "<pad>"
+NO_REVISION = "0" * 40
+
+
+def make_teachers(params: Params) -> None:
+    """Writes models/teachers/.
+
+    Raises:
+        UserError: a teacher cannot be found or fetched, or does not fit the model settings.
+    """
+    settings = params.teachers
+    with whole_folder(TEACHERS) as folder:
+        lineage: dict[str, Any] = {}
+        if settings.language.kind == "train":
+            from haplovl.teacher_training import train_language
+
+            tokenizer, lineage["language"] = train_language(params, require(VALIDATED, "validate"), folder / "language")
+        else:
+            tokenizer, lineage["language"] = _take_language(settings.language, params, folder / "language")
+        if settings.vision.kind == "train":
+            from haplovl.teacher_training import train_vision
+
+            lineage["vision"] = train_vision(params, require(VALIDATED, "validate"), tokenizer, folder / "vision")
+        else:
+            lineage["vision"] = _take_vision(settings.vision, folder / "vision")
+        make_processor(folder, tokenizer, params).save_pretrained(folder / "processor")
+        for name in ("vision", "language"):
+            lineage[name]["sha256"] = sha256_of_folder(folder / name)
+        write_json(folder / "teachers.json", lineage)
+    print(f"teachers: vision {lineage['vision']['kind']}, language {lineage['language']['kind']} -> {TEACHERS}")
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
+    """Adds the image token, a padding token and the chat template's special tokens where they are missing."""
+    extra = [IMAGE_TOKEN, *TEMPLATES[template].special_tokens]
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.add_special_tokens({"additional_special_tokens": extra}, replace_extra_special_tokens=False)
+    return tokenizer
+
+
+def make_processor(folder: Path, tokenizer: PreTrainedTokenizerBase, params: Params) -> HaploProcessor:
+    """The processor of the model that will inherit from the teachers in `folder`."""
+    vision = vision_part(AutoConfig.from_pretrained(folder / "vision"))
+    is_siglip = vision.model_type == "siglip_vision_model"
+    normalise = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3} if is_siglip else {}
+    return HaploProcessor(
+        image_processor=HaploImageProcessor(image_size=params.model.image_size, **normalise),
+        tokenizer=tokenizer,
+        chat_template=TEMPLATES[params.prepare.chat_template].jinja(),
+        patch_size=vision.patch_size,
+        class_token=params.model.class_token,
+        image_newline=params.model.image_newline,
+    )
+
+
+def load_vision(folder: Path) -> PreTrainedModel:
+    """The vision teacher of `models/teachers` in eval mode."""
+    kind = vision_part(AutoConfig.from_pretrained(folder)).model_type
+    cls = CLIPVisionModel if kind == "clip_vision_model" else SiglipVisionModel
+    return cls.from_pretrained(folder).eval()
+
+
+def load_language(folder: Path) -> PreTrainedModel:
+    """The language teacher of `models/teachers` in eval mode."""
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def _take_vision(source: HubTeacher | FolderTeacher, target: Path) -> dict[str, Any]:
+    place, options, lineage = _place(source, "vision")
+    config = _load(lambda: AutoConfig.from_pretrained(place, **options), place)
+    try:
+        kind = vision_part(config).model_type
+    except ValueError as error:
+        raise UserError(f"teachers.vision: {error}") from None
+    cls = CLIPVisionModel if kind == "clip_vision_model" else SiglipVisionModel
+    # weights_only is transformers' only way of reading .bin files; saving converts them to safetensors, once.
+    _load(lambda: cls.from_pretrained(place, **options), place).save_pretrained(target)
+    return lineage
+
+
+def _take_language(
+    source: HubTeacher | FolderTeacher, params: Params, target: Path
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    place, options, lineage = _place(source, "language")
+    tokenizer = _load(lambda: AutoTokenizer.from_pretrained(place, **options), place)
+    model = _load(lambda: AutoModelForCausalLM.from_pretrained(place, dtype="auto", **options), place)
+    tokenizer = prepare_tokenizer(tokenizer, params.prepare.chat_template)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return tokenizer, lineage
+
+
+def _place(source: HubTeacher | FolderTeacher, role: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Where to load a teacher from, with which options, and what its lineage says."""
+    if isinstance(source, FolderTeacher):
+        path = Path(os.path.expanduser(source.path))
+        if not (path / "config.json").is_file():
+            raise UserError(f"teachers.{role}: '{source.path}' is not a model folder (it has no config.json)")
+        return str(path), {}, {"kind": "folder", "path": source.path}
+    if source.revision == NO_REVISION:
+        raise UserError(
+            f"teachers.{role}: pin the revision of '{source.id}' "
+            f"(git ls-remote https://huggingface.co/{source.id} HEAD shows the newest)"
+        )
+    return source.id, {"revision": source.revision}, {"kind": "hub", "id": source.id, "revision": source.revision}
+
+
+def _load(load: Callable[[], Any], place: str) -> Any:
+    """Runs a transformers loader and turns what can go wrong outside this project into one sentence."""
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the teacher '{place}' cannot be loaded: {reason[:300]}") from None
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds torch and asks for deterministic kernels, so that the same inputs give the same bytes."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)

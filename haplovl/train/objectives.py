@@ -1,0 +1,127 @@
+"""What is learnt: the losses of the two stages as sums over tokens, apart from the loop that minimises them.
+
+An objective is a module that the engine wraps. Its `forward` returns one differentiable sum per loss part; its
+`counts` tells, before any forward pass, over how many tokens each part runs. The trainer divides every sum by the
+global count of the whole step, so that the way a step is split into micro-batches and ranks changes nothing.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from haplovl.data.loader import IGNORE, Batch
+from haplovl.model import HaploForConditionalGeneration
+
+
+class Objective(Protocol):
+    """What the trainer needs of a stage's objective."""
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Number of tokens behind each loss part."""
+
+    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Sum of each loss part over the batch's tokens."""
+
+
+class InstructionTuning(nn.Module):
+    """Stage 2: next-token cross-entropy on the assistant's tokens; the gradient flows through the whole model."""
+
+    def __init__(self, model: HaploForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Supervised tokens; labels stand one position after the hidden state that predicts them."""
+        return {"loss": int((batch.labels[:, 1:] != IGNORE).sum())}
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Sum of the cross-entropy over supervised tokens; logits are computed for those positions only."""
+        out = self.model.model(batch.input_ids, batch.pixel_values, document_ids=batch.document_ids)
+        targets = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)
+        chosen = targets != IGNORE
+        logits = self.model.lm_head(out.last_hidden_state[chosen])
+        return {"loss": functional.cross_entropy(logits.float(), targets[chosen], reduction="sum")}
+
+
+class Distillation(nn.Module):
+    """Stage 1: the pre-decoder learns the vision teacher's patches and the language model's word embeddings.
+
+    L = L_v + L_feat + L_ctp with, as means over tokens,
+    L_v = 1 − cos(Ĥ_v, T_v), L_feat = ‖Ĥ_t − T_t‖₂ − cos(Ĥ_t, T_t), and
+    L_ctp = cross-entropy of softmax(Ĥ_t·Wᵀ/τ) against the current token (arXiv 2503.14694, section 3).
+
+    Only embeddings, pre-decoder and the two throw-away heads are parameters here; the language model takes no part,
+    and teachers stay outside the state dict.
+    """
+
+    def __init__(
+        self,
+        model: HaploForConditionalGeneration,
+        vision_teacher: PreTrainedModel,
+        vision_layer: int,
+        temperature: float,
+    ) -> None:
+        super().__init__()
+        core = model.model
+        self.image_embedding, self.text_projection = core.image_embedding, core.text_projection
+        self.pre_decoder = core.pre_decoder
+        width = model.config.pre_config.hidden_size
+        vision_config = getattr(vision_teacher.config, "vision_config", vision_teacher.config)
+        self.vision_head = nn.Linear(width, vision_config.hidden_size)
+        self.text_head = nn.Linear(width, model.config.text_config.hidden_size)
+        self.temperature, self.vision_layer = temperature, vision_layer
+        words = core.get_input_embeddings().weight
+        words.requires_grad_(False)
+        # In a tuple, so that torch registers neither the frozen modules nor the model as parts of this one.
+        self._frozen = (core, vision_teacher.requires_grad_(False).eval(), words)
+        side = model.config.image_size // model.config.pre_config.patch_size
+        self._patches = self.image_embedding.patch_positions(side, side)
+
+    def frozen_to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Moves what is frozen but used: the vision teacher and the language model's embedding matrix."""
+        core, teacher, words = self._frozen
+        teacher.to(device=device, dtype=dtype)
+        words.data = words.data.to(device=device, dtype=dtype)
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Patches behind L_v, text tokens behind L_feat and L_ctp."""
+        text = int(self._is_text(batch).sum())
+        images = 0 if batch.pixel_values is None else batch.pixel_values.shape[0]
+        return {"loss_vision": images * len(self._patches), "loss_feature": text, "loss_current_token": text}
+
+    def _is_text(self, batch: Batch) -> torch.Tensor:
+        image_id = self._frozen[0].config.image_token_id
+        return (batch.input_ids != image_id) & (batch.document_ids >= 0)
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Sums of the three losses over the batch's patches and text tokens."""
+        core, teacher, words = self._frozen
+        hidden = core.pre_decode(batch.input_ids, batch.pixel_values, batch.document_ids)
+        chosen = self._is_text(batch)
+        tokens = batch.input_ids[chosen]
+        predicted, target = self.text_head(hidden[chosen]).float(), words[tokens].float()
+        distance = torch.linalg.vector_norm(predicted - target, dim=-1)
+        similarity = functional.cosine_similarity(predicted, target, dim=-1)
+        logits = predicted @ words.float().T / self.temperature
+        return {
+            "loss_vision": self._vision_loss(hidden, batch, teacher),
+            "loss_feature": (distance - similarity).sum(),
+            "loss_current_token": functional.cross_entropy(logits, tokens, reduction="sum"),
+        }
+
+    def _vision_loss(self, hidden: torch.Tensor, batch: Batch, teacher: PreTrainedModel) -> torch.Tensor:
+        config = self._frozen[0].config
+        if batch.pixel_values is None:
+            # Every rank must use every parameter in every step, also without a picture.
+            return 0.0 * self.vision_head(hidden[:1, :1]).float().sum()
+        with torch.no_grad():
+            states = teacher(batch.pixel_values, output_hidden_states=True).hidden_states[self.vision_layer]
+        patches = len(self._patches)
+        target = states[:, -patches:].float()  # the class token, where there is one, comes first
+        image_tokens = hidden[batch.input_ids == config.image_token_id]
+        own = image_tokens.view(-1, config.tokens_per_image, hidden.shape[-1])[:, self._patches.to(hidden.device)]
+        similarity = functional.cosine_similarity(self.vision_head(own).float(), target, dim=-1)
+        return (1 - similarity).sum()

@@ -1,0 +1,233 @@
+"""Trains one stage: builds model, objective, data and engine, then steps, logs and checkpoints until done."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from haplovl.data.loader import Batch, PackedLoader, PreparedRecords
+from haplovl.errors import UserError
+from haplovl.files import (
+    PREPARED,
+    STAGE1,
+    STAGE2,
+    TEACHERS,
+    require,
+    sha256_of,
+    sha256_of_folder,
+    whole_folder,
+    write_json,
+)
+from haplovl.model import HaploForConditionalGeneration, HaploProcessor
+from haplovl.model.inherit import inherit
+from haplovl.progress import reporter
+from haplovl.records import write_jsonl
+from haplovl.settings import ComputeProfile, Params, Stage1Settings, Stage2Settings, fingerprint
+from haplovl.teachers import load_language, load_vision, seed_everything
+from haplovl.train.checkpoint import RunFolder, barrier, is_main, say
+from haplovl.train.engine import DTYPES, global_counts, make_engine, start_distributed, take_step
+from haplovl.train.objectives import Distillation, InstructionTuning
+from haplovl.train.optim import learning_rate
+
+OUTPUTS = {"stage1": STAGE1, "stage2": STAGE2}
+EXIT_PREEMPTED = 85
+"""Exit status after a checkpoint on SIGTERM or SIGUSR1: run the same command again to go on."""
+
+
+@dataclass
+class Stage:
+    """Everything a stage needs apart from the engine."""
+
+    name: str
+    settings: Stage1Settings | Stage2Settings
+    model: HaploForConditionalGeneration
+    objective: nn.Module
+    processor: HaploProcessor
+    key: str
+
+
+def train_stage(name: str, params: Params, compute: ComputeProfile) -> None:
+    """Trains `stage1` or `stage2` and writes its transformers folder; continues a killed run by itself.
+
+    Raises:
+        UserError: an unknown stage, missing inputs, settings that do not fit, or a loss that is no number.
+    """
+    if name not in OUTPUTS:
+        raise UserError(f"there is no training stage '{name}'; choose {' or '.join(OUTPUTS)}")
+    if compute.processes > 1 and "RANK" not in os.environ:
+        _launch(name, compute)
+        return
+    device = start_distributed(compute)
+    try:
+        stage = _build(name, params)
+        rows = _run(stage, params.seed, compute, device)
+        if isinstance(stage.objective, Distillation) and params.model.connector == "text_head":
+            stage.model.model.connector.load_state_dict(stage.objective.text_head.state_dict())
+        if is_main():
+            _save(stage, rows)
+        barrier()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _launch(name: str, compute: ComputeProfile) -> None:
+    """Starts one process per rank on this machine and passes on their failure."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += [str(compute.processes), "-m", "haplovl", "train", name, "--compute", compute.name]
+    status = subprocess.run(command).returncode
+    if status:
+        raise UserError(f"training {name} on {compute.processes} processes ended with status {status}; see above")
+
+
+def _build(name: str, params: Params) -> Stage:
+    """Model, objective and the key of the run's state."""
+    seed_everything(params.seed)
+    manifest = sha256_of(require(PREPARED / "manifest.json", "prepare"))
+    settings: Any
+    if name == "stage1":
+        settings, start = params.stage1, require(TEACHERS, "teachers")
+        processor = HaploProcessor.from_pretrained(TEACHERS / "processor")
+        vision = load_vision(TEACHERS / "vision")
+        try:
+            model = inherit(
+                vision,
+                load_language(TEACHERS / "language"),
+                params.model,
+                processor.image_token_id,
+                len(processor.tokenizer),
+            )
+        except ValueError as error:
+            raise UserError(f"the model cannot be built from its teachers: {error}") from None
+        objective: nn.Module = Distillation(model, vision, settings.vision_layer, settings.temperature)
+    else:
+        settings, start = params.stage2, require(STAGE1, "train stage1")
+        processor = HaploProcessor.from_pretrained(STAGE1)
+        model = HaploForConditionalGeneration.from_pretrained(STAGE1, dtype=torch.float32)
+        objective = InstructionTuning(model)
+    identity = [settings.model_dump(mode="json"), params.seed, params.model.model_dump(mode="json")]
+    key = fingerprint([*identity, manifest, sha256_of_folder(start), _code_hash()])
+    return Stage(name, settings, model.train(), objective.train(), processor, key)
+
+
+def _code_hash() -> str:
+    """Hash of the code that decides a training result, so that no run continues a state of other code."""
+    package = Path(__file__).parent.parent
+    files = sorted([*package.glob("model/*.py"), *package.glob("train/*.py"), *package.glob("data/*.py")])
+    return fingerprint([[str(f.relative_to(package)), sha256_of(f)] for f in files])
+
+
+def _run(stage: Stage, seed: int, compute: ComputeProfile, device: torch.device) -> list[dict[str, Any]]:
+    """Steps from the last checkpoint to the end; returns the whole log."""
+    settings = stage.settings
+    records = PreparedRecords("train", stage.processor)
+    loader = PackedLoader(
+        records,
+        settings.batch,
+        settings.mixture,
+        seed,
+        compute.micro_batch_rows,
+        dist.get_rank(),
+        dist.get_world_size(),
+    )
+    if isinstance(stage.objective, Distillation):
+        stage.objective.frozen_to(device, DTYPES[settings.precision])
+    engine = make_engine(stage.objective, settings, compute, loader.micro_batches)
+    folder = RunFolder.of(stage.name, stage.key)
+    step = folder.resume(engine)
+    rows = folder.keep_log(step)
+    say(f"{stage.name}: {'continuing after step ' + str(step) if step else 'starting'}, state in {folder.path}")
+    stop = _StopSignals()
+    total = settings.steps
+    with reporter(stage.name, total, step) as report, folder.log.open("a", encoding="utf-8") as log:
+        for batches in loader.steps(step, total):
+            row = _step(stage, engine, [_to(batch, device) for batch in batches], step, folder.path)
+            step += 1
+            rows.append(row)
+            if is_main():
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                report.update(step, f"loss {row['loss']:.3f} {row['tokens_per_s']:,.0f} tokens/s")
+            if step < total and (stop.asked or step % settings.checkpoint_every == 0):
+                folder.save(engine, step)
+            if stop.asked and step < total:
+                say(f"stopped by signal after step {step}; the same command goes on from here")
+                sys.exit(EXIT_PREEMPTED)
+    if is_main():
+        folder.discard_checkpoints()
+    return rows
+
+
+def _step(stage: Stage, engine: Any, batches: list[Batch], step: int, folder: Path) -> dict[str, Any]:
+    """One optimiser step and its log row (`step` counts from 1 in the log).
+
+    Raises:
+        UserError: a loss that is no finite number; the batch's record ids are written down first.
+    """
+    began = time.perf_counter()
+    rate = learning_rate(stage.settings.optimizer, step, stage.settings.steps)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    counts = global_counts(stage.objective, batches)
+    parts = take_step(engine, batches, counts)
+    seconds = time.perf_counter() - began
+    loss = sum(parts.values())
+    if not math.isfinite(loss):
+        ids = [name for batch in batches for name in batch.record_ids]
+        write_json(folder / "bad_batch.json", {"step": step + 1, "losses": str(parts), "records": ids})
+        raise UserError(
+            f"{stage.name}: the loss is {loss} at step {step + 1}; the records of that step are in "
+            f"{folder / 'bad_batch.json'}; look at them, or lower {stage.name}.optimizer.learning_rate"
+        )
+    norm = engine.get_global_grad_norm()
+    tokens = sum(int((batch.document_ids >= 0).sum()) for batch in batches) * dist.get_world_size()
+    return {
+        "step": step + 1,
+        "loss": loss,
+        **({} if list(parts) == ["loss"] else parts),
+        "learning_rate": rate,
+        "grad_norm": None if norm is None else float(norm),
+        "supervised_tokens": int(max(counts.values())),
+        "tokens_per_s": tokens / seconds,
+    }
+
+
+class _StopSignals:
+    """Remembers SIGTERM and SIGUSR1, so that the step in progress can end and be saved."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    moved = {
+        name: value.to(device, non_blocking=True)
+        for name, value in vars(batch).items()
+        if isinstance(value, torch.Tensor)
+    }
+    return Batch(**{**vars(batch), **moved})
+
+
+def _save(stage: Stage, rows: list[dict[str, Any]]) -> None:
+    """Writes the stage's transformers folder: weights, processor and the log without its timings."""
+    model = stage.model.cpu().eval()
+    with whole_folder(OUTPUTS[stage.name]) as folder:
+        model.save_pretrained(folder)
+        stage.processor.save_pretrained(folder)
+        write_jsonl(folder / "training_log.jsonl", ({k: v for k, v in r.items() if k != "tokens_per_s"} for r in rows))
+    say(f"{stage.name}: loss {rows[-1]['loss']:.4f} after {len(rows)} steps -> {OUTPUTS[stage.name]}")

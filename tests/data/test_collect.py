@@ -1,0 +1,155 @@
+"""collect: both kinds of source, sources that cannot be read, and a disk that is full, as real commands."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from haplovl.data.collect import collect
+from haplovl.errors import UserError
+from haplovl.files import sha256_of_folder
+from haplovl.records import read_items
+from haplovl.settings import load_params
+
+REPO = Path(__file__).resolve().parents[2]
+SCENES = {"kind": "scenes", "train_records": 40, "validation_records": 5, "test_records": 10}
+
+
+def haplovl(cwd: Path, **run: object) -> subprocess.CompletedProcess[str]:
+    """Runs the real `haplovl collect` in a project folder."""
+    command = [sys.executable, "-m", "haplovl", "collect"]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, **run)
+
+
+def make_project(folder: Path, source: dict) -> Path:
+    params = yaml.safe_load((REPO / "params.yaml").read_text())
+    params["collect"]["source"] = source
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    return folder
+
+
+def llava(folder: Path, **changes: object) -> dict:
+    """A source of one record and one image below `folder`, as settings."""
+    (folder / "images/sub").mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4)).save(folder / "images/sub/a.png")
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A square."}]
+    (folder / "data.json").write_text(json.dumps([{"id": "a", "image": "sub/a.png", "conversations": talk}]))
+    return {"kind": "llava", "annotations": [str(folder / "data.json")], "images": str(folder / "images"), **changes}
+
+
+def assert_stopped(done: subprocess.CompletedProcess[str], project: Path, *words: str) -> None:
+    """One sentence, exit code 1, no output."""
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+    assert not (project / "data/raw").exists()
+    assert not (project / "data/raw.partial").exists()
+
+
+def test_scenes_twice_give_identical_bytes(tmp_path: Path) -> None:
+    params = load_params(make_project(tmp_path, SCENES) / "params.yaml")
+    for name in ("one", "two"):
+        collect(params, tmp_path / name)
+    assert sha256_of_folder(tmp_path / "one") == sha256_of_folder(tmp_path / "two")
+    other = params.model_copy(update={"seed": params.seed + 1})
+    collect(other, tmp_path / "one")
+    assert sha256_of_folder(tmp_path / "one") != sha256_of_folder(tmp_path / "two")
+
+
+def test_scenes_by_the_command(tmp_path: Path) -> None:
+    done = haplovl(make_project(tmp_path, SCENES))
+    assert done.returncode == 0, done.stderr
+    records = [item.data for item in read_items(tmp_path / "data/raw/annotations/scenes.jsonl")]
+    images = {str(p.relative_to(tmp_path / "data/raw/images")) for p in (tmp_path / "data/raw/images").rglob("*.png")}
+    named = [
+        image for r in records for image in ([r["image"]] if isinstance(r.get("image"), str) else r.get("image", []))
+    ]
+    assert len(records) == 55
+    assert sorted(named) == sorted(images)
+    assert done.stdout == f"collected 55 records and {len(images)} images into data/raw\n"
+
+
+def test_llava_annotations_of_one_name_stay_apart(tmp_path: Path) -> None:
+    first, second = llava(tmp_path / "a"), llava(tmp_path / "b")
+    source = {**first, "annotations": first["annotations"] + second["annotations"]}
+    collect(load_params(make_project(tmp_path, source) / "params.yaml"), tmp_path / "raw")
+    assert sorted(p.name for p in (tmp_path / "raw/annotations").iterdir()) == ["data-2.json", "data.json"]
+    assert (tmp_path / "raw/images/sub/a.png").read_bytes() == (tmp_path / "a/images/sub/a.png").read_bytes()
+    assert (tmp_path / "raw/skipped.jsonl").read_text() == ""
+
+
+def test_missing_annotations(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "project", llava(tmp_path, annotations=["gone.json"]))
+    assert_stopped(haplovl(project), project, "the annotation file gone.json cannot be read: No such file or directory")
+
+
+def test_missing_image_folder(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "project", llava(tmp_path, images="gone"))
+    assert_stopped(haplovl(project), project, "the image folder gone cannot be read: No such file or directory")
+
+
+def test_annotations_of_an_unknown_type(tmp_path: Path) -> None:
+    params = load_params(make_project(tmp_path, llava(tmp_path, annotations=["data.csv"])) / "params.yaml")
+    with pytest.raises(UserError, match=r"data\.csv must end in \.json or \.jsonl"):
+        collect(params, tmp_path / "raw")
+
+
+def test_image_folder_without_permission(tmp_path: Path) -> None:
+    """The superuser may read everything, so as root the child gives up that right before it starts."""
+    project = make_project(tmp_path / "project", llava(tmp_path))
+    (tmp_path / "images").chmod(0o000)
+    try:
+        done = haplovl(project, preexec_fn=_drop_file_rights if os.getuid() == 0 else None)
+    except subprocess.SubprocessError:
+        pytest.skip("this container does not let root give up rights")
+    finally:
+        (tmp_path / "images").chmod(0o755)
+    assert_stopped(done, project, f"the image folder {tmp_path / 'images'} cannot be read: Permission denied")
+
+
+def _drop_file_rights() -> None:
+    """Takes CAP_DAC_OVERRIDE (1) and CAP_DAC_READ_SEARCH (2) from the bounding set (prctl 24); exec makes it felt."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for capability in (1, 2):
+        if libc.prctl(24, capability, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl")
+
+
+def test_a_wrong_parameter(tmp_path: Path) -> None:
+    project = make_project(tmp_path, {**SCENES, "train_recods": 5})
+    assert_stopped(haplovl(project), project, "'collect.source.train_recods'", "did you mean 'train_records'?")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """A file system of one megabyte, where this machine lets us mount one."""
+    project = make_project(tmp_path / "project", {**SCENES, "train_records": 3000})
+    (project / "data").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(project / "data")]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        assert_stopped(haplovl(project), project, "No space left on device")
+    finally:
+        subprocess.run(["umount", str(project / "data")], check=True)
+
+
+def test_a_file_that_may_not_grow_leaves_nothing(tmp_path: Path) -> None:
+    """The same without root: the annotation file hits a limit on file sizes in the middle of a write."""
+    project = make_project(tmp_path, {**SCENES, "train_records": 400})
+    code = (
+        "import resource, signal; from haplovl.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "main()\n"
+    )
+    run = [sys.executable, "-c", code, "collect"]
+    done = subprocess.run(run, cwd=project, capture_output=True, text=True, timeout=60)
+    assert_stopped(done, project, "File too large")

@@ -1,0 +1,104 @@
+"""The whole stage on a tiny untrained model: its files, their agreement, and the same bytes twice."""
+
+import json
+import shutil
+from pathlib import Path
+from random import Random
+
+import pytest
+from PIL import Image
+
+from haplovl.data.scenes import SceneMaker
+from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
+from haplovl.errors import UserError
+from haplovl.evaluate.runner import evaluate
+from haplovl.files import sha256_of
+from haplovl.records import IMAGE_PLACEHOLDER, Record, Turn
+from haplovl.settings import Params, load_params
+
+PARAMS_FILE = Path(__file__).parents[2] / "params.yaml"
+
+
+@pytest.fixture
+def params() -> Params:
+    params = load_params(PARAMS_FILE)
+    settings = params.evaluate.model_copy(update={"questions_per_type": 6, "max_new_tokens": 3, "batch": 7})
+    return params.model_copy(update={"evaluate": settings})
+
+
+def scene_rows(images: Path, records: int) -> list[ValidatedRecord]:
+    maker, rows = SceneMaker("test", seed=1, image_size=32), []
+    for number in range(records):
+        scene = maker.scene()
+        path = f"test/{number}.png"
+        maker.draw(scene).save(images / path)
+        first, *rest = maker.picture_turns(scene, 4)
+        turns = (Turn(f"{IMAGE_PLACEHOLDER}\n{first.question}", first.answer, first.kind), *rest)
+        record = Record(f"test-{number}", (path,), turns, "test")
+        rows.append(ValidatedRecord(record, (ImageFile(path, sha256_of(images / path), 32, 32),), "scenes.jsonl"))
+    return rows
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    images = tmp_path / "data/raw/images"
+    (images / "test").mkdir(parents=True)
+    (tmp_path / "data/validated").mkdir()
+    write_validated(tmp_path / "data/validated", scene_rows(images, 12))
+    shutil.copytree(tiny_model_dir, tmp_path / "models/stage2")
+    return tmp_path
+
+
+def outputs(project: Path) -> dict[str, bytes]:
+    paths = [*(project / "reports").rglob("*"), *(project / "metrics").rglob("*")]
+    return {path.relative_to(project).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+
+
+def test_evaluate_writes_metrics_predictions_and_report(project: Path, params: Params, capsys) -> None:
+    evaluate(params, project)
+    first = outputs(project)
+    assert set(first) == {
+        "metrics/evaluation.json",
+        "reports/evaluation/index.html",
+        "reports/evaluation/predictions.jsonl",
+    }
+    metrics = json.loads(first["metrics/evaluation.json"])
+    rows = [json.loads(line) for line in first["reports/evaluation/predictions.jsonl"].decode().splitlines()]
+    assert metrics["questions"] == metrics["n"] == len(rows) == sum(t["n"] for t in metrics["types"].values())
+    assert metrics["accuracy"] == round(sum(row["correct"] for row in rows) / len(rows), 4)
+    assert all(0 < t["n"] <= 6 for t in metrics["types"].values())
+    assert {"colour", "digit", "position", "count", "presence"} == set(metrics["types"])
+    assert "Held-out questions" in capsys.readouterr().out
+
+    evaluate(params, project)
+    assert outputs(project) == first
+    assert not any(str(project).encode() in content for content in first.values())
+
+
+def test_the_blanked_answers_do_not_depend_on_the_pictures(project: Path, params: Params) -> None:
+    evaluate(params, project)
+    before = predictions(project)
+    random = Random(0)
+    for path in (project / "data/raw/images/test").iterdir():
+        Image.effect_noise((32, 32), random.uniform(20, 120)).convert("RGB").save(path)
+    evaluate(params, project)
+    after = predictions(project)
+    assert [row["blank_prediction"] for row in after] == [row["blank_prediction"] for row in before]
+    assert [row["confidence"] for row in after] != [row["confidence"] for row in before]
+
+
+def predictions(project: Path) -> list[dict]:
+    text = (project / "reports/evaluation/predictions.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_missing_inputs_are_named(project: Path, params: Params) -> None:
+    write_validated(project / "data/validated", [])
+    with pytest.raises(UserError, match="no questions about pictures"):
+        evaluate(params, project)
+    shutil.rmtree(project / "models/stage2")
+    with pytest.raises(UserError, match="haplovl train stage2"):
+        evaluate(params, project)
+    shutil.rmtree(project / "data/validated")
+    with pytest.raises(UserError, match="haplovl validate"):
+        evaluate(params, project)

@@ -1,0 +1,104 @@
+"""params.yaml: what ships parses, and a mistake is named with the nearest valid key."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from haplovl.settings import ScenesSource, SettingsError, fingerprint, load_compute, load_params
+
+REPO = Path(__file__).resolve().parents[1]
+SHIPPED = [REPO / "params.yaml", *sorted((REPO / "params").glob("*.yaml"))]
+
+
+def write_changed(folder: Path, key: str, value: Any) -> Path:
+    """The repo's params.yaml with one dotted key set, or removed where the value is `...`."""
+    params = yaml.safe_load((REPO / "params.yaml").read_text())
+    *parents, last = key.split(".")
+    section = params
+    for parent in parents:
+        section = section[parent]
+    if value is ...:
+        del section[last]
+    else:
+        section[last] = value
+    path = folder / "params.yaml"
+    path.write_text(yaml.safe_dump(params))
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_params_file_that_ships_parses(path: Path) -> None:
+    assert load_params(path).recipe
+
+
+def test_every_compute_profile_that_ships_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    for path in sorted(Path("infra/compute").glob("*.yaml")):
+        assert load_compute(path.stem).name == path.stem
+
+
+def test_the_default_source_is_the_embedded_data_set() -> None:
+    assert isinstance(load_params(REPO / "params.yaml").collect.source, ScenesSource)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("stage_1", {}, ["unknown key 'stage_1'", "did you mean 'stage1'?"]),
+        ("model.imagesize", 3, ["unknown key 'model.imagesize'", "did you mean 'image_size'?"]),
+        ("stage1.batch.row", 3, ["unknown key 'stage1.batch.row'", "did you mean 'rows'?"]),
+        ("collect.source.train_recods", 3, ["'collect.source.train_recods'", "did you mean 'train_records'?"]),
+        ("teachers.vision.patchsize", 8, ["'teachers.vision.patchsize'", "did you mean 'patch_size'?"]),
+        ("validate.max_quarantine_share", 0.1, ["'validate.max_quarantine_share'", "'max_quarantined_share'?"]),
+        ("stage2.optimizer.lr", 0.1, ["unknown key 'stage2.optimizer.lr'", "did you mean"]),
+        ("seed", "17", ["'seed'", "found '17'"]),
+        ("stage1.steps", 0, ["'stage1.steps'", "greater than 0", "found 0"]),
+        ("stage1.precision", "fp8", ["'stage1.precision'", "found 'fp8'"]),
+        ("validate.max_quarantined_share", 2.0, ["'validate.max_quarantined_share'", "found 2.0"]),
+        ("validate.splits", {"validation": 0.5, "test": 0.5}, ["'validate.splits'", "leave nothing to train on"]),
+        ("collect.source.kind", "scene", ["'collect.source'", "'scenes', 'llava'"]),
+        ("collect.source.train_records", ..., ["'collect.source.train_records' is missing"]),
+        ("model", ..., ["'model' is missing"]),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, key: str, value: Any, words: list[str]) -> None:
+    with pytest.raises(SettingsError) as raised:
+        load_params(write_changed(tmp_path, key, value))
+    message = str(raised.value)
+    assert "\n" not in message
+    for word in ("params.yaml", *words):
+        assert word in message
+
+
+def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
+    path = write_changed(tmp_path, "seed", "17")
+    path.write_text(path.read_text().replace("image_size:", "image_sizes:"))
+    with pytest.raises(SettingsError, match="seed.*") as raised:
+        load_params(path)
+    assert "image_sizes" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not valid YAML"), ("- 1", "must be a mapping"), ("", "must be a mapping"), ("\x00", "not valid YAML")],
+)
+def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(SettingsError, match=message):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_missing_file_says_where_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match="project's root folder"):
+        load_params()
+    with pytest.raises(SettingsError, match="no compute profile 'moon'"):
+        load_compute("moon")
+
+
+def test_fingerprint_ignores_key_order_and_sees_values() -> None:
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
+    params = load_params(REPO / "params.yaml")
+    assert fingerprint(params) != fingerprint(params.model_copy(update={"seed": 18}))
