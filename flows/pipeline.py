@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ if "PREFECT_API_URL" not in os.environ:
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
@@ -94,15 +96,31 @@ def main() -> None:
     compute = parser.parse_args().compute
     _check_project(compute)
     logging.getLogger("prefect").addFilter(lambda record: "temporary server" not in record.getMessage())
-    if "PREFECT_API_URL" not in os.environ:
-        print("starting Prefect's temporary server (some seconds) ...", flush=True)
+    # Prefect hands SIGTERM on once the stage has ended; dying of it would leave the temporary server behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        _start_server()
         state = haplovl_full(compute=compute, return_state=True)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; run the same command again to go on from the last finished stage or checkpoint")
     if not state.is_completed():
         sys.exit(f"error: {state.message}")
     print_summary(state.message or "")
+
+
+def _start_server() -> None:
+    """Starts Prefect's temporary server where the user has none of their own.
+
+    Ctrl-C reaches every process of the terminal. A server that died of it would leave the flow waiting a minute to
+    report its end, so the server is born with the signal blocked; it is stopped with another one.
+    """
+    if "PREFECT_API_URL" not in os.environ:
+        print("starting Prefect's temporary server (some seconds) ...", flush=True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        get_client(sync_client=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _check_project(compute: str) -> None:

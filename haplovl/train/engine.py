@@ -1,5 +1,6 @@
 """The DeepSpeed engine around an objective: distributed start, configuration, and one optimiser step."""
 
+import math
 import os
 from typing import Any
 
@@ -83,20 +84,38 @@ def reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def take_step(engine: Any, batches: list[Any], counts: dict[str, float]) -> dict[str, float]:
-    """Forward and backward over all micro-batches, then the optimiser; returns the mean of every loss part.
+def take_step(engine: Any, batches: list[Any], counts: dict[str, float]) -> tuple[dict[str, float], float]:
+    """Forward and backward over all micro-batches, then the optimiser.
+
+    Returns the mean of every loss part and the gradient's norm before clipping.
+
+    Raises:
+        FloatingPointError: a loss or gradient that is no finite number, on all ranks alike and before the optimiser
+            has moved.
 
     DeepSpeed averages gradients over ranks, so the loss is multiplied by their number: together with the division by
     the global token counts, the gradient is that of the loss over the whole step.
     """
     world = dist.get_world_size()
     sums = dict.fromkeys(counts, 0.0)
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
         parts = engine(batch)
         loss = sum(parts[name] / max(counts[name], 1.0) for name in parts)
         engine.backward(loss * world, scale_wrt_gas=False)
-        engine.step()
         for name, value in parts.items():
             sums[name] += value.item()
+        if number < len(batches):
+            engine.step()  # only counts the micro-batch
     totals = reduce_sum(torch.tensor([sums[name] for name in counts], dtype=torch.float64)).tolist()
-    return {name: total / max(counts[name], 1.0) for name, total in zip(counts, totals, strict=True)}
+    means = {name: total / max(counts[name], 1.0) for name, total in zip(counts, totals, strict=True)}
+    norm = _plain_grad_norm(engine)
+    if not (math.isfinite(sum(means.values())) and math.isfinite(norm)):
+        raise FloatingPointError(f"losses {means}, gradient norm {norm}")
+    engine.step()
+    return means, float(engine.get_global_grad_norm() or norm)
+
+
+def _plain_grad_norm(engine: Any) -> float:
+    """Norm of the gradients where DeepSpeed keeps them in `.grad` (fp32 without ZeRO) and does not report it."""
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(nn.utils.get_total_norm(gradients)) if gradients else 0.0

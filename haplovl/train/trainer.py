@@ -1,7 +1,6 @@
 """Trains one stage: builds model, objective, data and engine, then steps, logs and checkpoints until done."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -179,24 +178,23 @@ def _step(stage: Stage, engine: Any, batches: list[Batch], step: int, folder: Pa
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     counts = global_counts(stage.objective, batches)
-    parts = take_step(engine, batches, counts)
-    seconds = time.perf_counter() - began
-    loss = sum(parts.values())
-    if not math.isfinite(loss):
+    try:
+        parts, norm = take_step(engine, batches, counts)
+    except FloatingPointError as error:
         ids = [name for batch in batches for name in batch.record_ids]
-        write_json(folder / "bad_batch.json", {"step": step + 1, "losses": str(parts), "records": ids})
+        write_json(folder / "bad_batch.json", {"step": step + 1, "error": str(error), "records": ids})
         raise UserError(
-            f"{stage.name}: the loss is {loss} at step {step + 1}; the records of that step are in "
-            f"{folder / 'bad_batch.json'}; look at them, or lower {stage.name}.optimizer.learning_rate"
-        )
-    norm = engine.get_global_grad_norm()
+            f"{stage.name} stopped before step {step + 1}: {error}; its records are in {folder / 'bad_batch.json'}: "
+            f"look at them, or lower {stage.name}.optimizer.learning_rate"
+        ) from None
+    seconds = time.perf_counter() - began
     tokens = sum(int((batch.document_ids >= 0).sum()) for batch in batches) * dist.get_world_size()
     return {
         "step": step + 1,
-        "loss": loss,
+        "loss": sum(parts.values()),
         **({} if list(parts) == ["loss"] else parts),
         "learning_rate": rate,
-        "grad_norm": None if norm is None else float(norm),
+        "grad_norm": norm,
         "supervised_tokens": int(max(counts.values())),
         "tokens_per_s": tokens / seconds,
     }

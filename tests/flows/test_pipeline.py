@@ -92,6 +92,32 @@ def test_the_flow_runs_every_stage_then_finds_all_cached_and_stops_at_a_failure(
     assert "Task run 'last'" not in done.stdout and not (project / "last.txt").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_flow_stage_and_server_at_once(project, tmp_path, number):
+    shutil.copytree(project, tmp_path / "copy")
+    (tmp_path / "copy/middle.sh").write_text("echo $$ > pid; exec sleep 300\n")
+    flow = subprocess.Popen(
+        [sys.executable, "-m", "flows.pipeline"],
+        cwd=tmp_path / "copy",
+        env={**os.environ, "PREFECT_HOME": str(project.parent / "prefect")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    pid = tmp_path / "copy/pid"
+    while not (pid.exists() and pid.read_text()):
+        assert flow.poll() is None, flow.communicate()[0]
+        time.sleep(0.1)
+    # Ctrl-C on a terminal reaches the whole group, the temporary server too; a supervisor ends the one process.
+    (os.killpg if number == signal.SIGINT else os.kill)(flow.pid, number)
+    output, _ = flow.communicate(timeout=40)
+    assert flow.returncode in (1, 143) and "Traceback" not in output
+    for is_gone, target in ((os.kill, int(pid.read_text())), (os.killpg, flow.pid)):
+        with pytest.raises(ProcessLookupError):
+            is_gone(target, 0)
+
+
 def test_stages_come_in_dependency_order_with_their_upstream(project, monkeypatch):
     monkeypatch.chdir(project)
     stages = {stage.name: set(stage.upstream) for stage in Project().stages}
