@@ -113,6 +113,8 @@ class TrainedVisionTeacher(Strict):
     heads: PositiveInt
     steps: PositiveInt
     batch: PositiveInt
+    group: PositiveInt = 1
+    """Neighbouring records that enter a batch together: hard negatives, where a source puts similar ones in a row."""
     learning_rate: PositiveFloat
 
 

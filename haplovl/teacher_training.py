@@ -111,7 +111,7 @@ def train_vision(params: Params, data: Path, tokenizer: PreTrainedTokenizerBase,
             return_loss=True,
         ).loss
 
-    final = _train("vision teacher", model, settings, len(pairs), loss, params.seed)
+    final = _train("vision teacher", model, settings, len(pairs), loss, params.seed, settings.group)
     model.save_pretrained(target)
     return {
         "kind": "train",
@@ -173,8 +173,12 @@ def _train(
     examples: int,
     loss: Callable[[torch.Tensor], torch.Tensor],
     seed: int,
+    group: int = 1,
 ) -> float:
-    """AdamW with linear warm-up and cosine decay over random batches; returns the mean loss of the last 20 steps."""
+    """AdamW with linear warm-up and cosine decay over random batches of groups of neighbours.
+
+    Returns the mean loss of the last 20 steps.
+    """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
@@ -184,10 +188,10 @@ def _train(
         for step in range(settings.steps):
             progress = min(1.0, max(0.0, (step - warmup) / max(1, settings.steps - warmup)))
             rate = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * rate
-            batch = torch.randperm(examples, generator=generator)[: settings.batch]
-            value = loss(batch)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = settings.learning_rate * rate
+            first = torch.randperm(examples // group, generator=generator)[: settings.batch // group] * group
+            value = loss((first[:, None] + torch.arange(group)).flatten())
             value.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

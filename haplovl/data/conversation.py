@@ -12,7 +12,8 @@ from haplovl.records import IMAGE_PLACEHOLDER, Record
 class ChatTemplate:
     """The fixed strings around system text, questions and answers.
 
-    `stop` ends an answer and carries loss; `after` follows it and does not.
+    `lead` is written before every answer and belongs to its first token, so that a word is the same token there and
+    in the middle of a sentence; `stop` ends an answer and carries loss; `after` follows it and does not.
     """
 
     start: str
@@ -20,6 +21,7 @@ class ChatTemplate:
     user: tuple[str, str]
     assistant: str
     stop: str
+    lead: str = ""
     after: str = ""
     default_system: str = ""
     special_tokens: tuple[str, ...] = ()
@@ -41,7 +43,7 @@ class ChatTemplate:
             "{%- for message in messages -%}"
             f"{{%- if message['role'] == 'system' -%}}{_literal(s[0])}{{{{ show(message['content']) }}}}{_literal(s[1])}"
             f"{{%- elif message['role'] == 'user' -%}}{_literal(u[0])}{{{{ show(message['content']) }}}}{_literal(u[1])}"
-            f"{{%- elif message['role'] == 'assistant' -%}}{_literal(self.assistant)}{{{{ show(message['content']) }}}}"
+            f"{{%- elif message['role'] == 'assistant' -%}}{_literal(self.assistant + self.lead)}{{{{ show(message['content']) }}}}"
             f"{_literal(self.stop + self.after)}"
             "{%- else -%}{{ raise_exception('unknown role: ' + message['role']) }}{%- endif -%}"
             "{%- endfor -%}"
@@ -61,6 +63,7 @@ TEMPLATES = {
         user=("<|user|>", ""),
         assistant="<|assistant|>",
         stop="<|end|>",
+        lead=" ",
         special_tokens=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
     ),
     "vicuna": ChatTemplate(
@@ -113,7 +116,7 @@ def segments(record: Record, template: ChatTemplate) -> list[tuple[str, str]]:
         pieces += [("fixed", template.system[0]), ("text", system), ("fixed", template.system[1])]
     for turn in record.turns:
         pieces += [("fixed", template.user[0]), ("text", turn.question), ("fixed", template.user[1])]
-        pieces += [("fixed", template.assistant), ("answer", turn.answer)]
+        pieces += [("fixed", template.assistant), ("answer", template.lead + turn.answer)]
         pieces += [("fixed", template.after)]
     return [(kind, text) for kind, text in pieces if text]
 

@@ -2,7 +2,9 @@
 
 A scene is a square canvas of 2x2 cells with one to four digits, all different in value and in colour. A record asks
 about one scene (a caption turn and several questions, in random order), compares two scenes, or is text only (a
-described scene and a question about it). Training, validation and test scenes use disjoint digit scans.
+described scene and a question about it). Training, validation and test scenes use disjoint digit scans. Scenes come
+in runs of four siblings that differ in nothing but their digits: minimal pairs, so that colour and place alone never
+tell two captions apart.
 """
 
 from collections.abc import Iterator
@@ -27,6 +29,11 @@ COLOURS = {
 }
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three", "four")
+COUNT_WEIGHTS = {"train": (5, 2, 2, 1), "validation": (1, 1, 1, 1), "test": (1, 1, 1, 1)}
+"""How often a scene has one, two, three or four digits: training sees many simple scenes, as they teach what a digit
+is; held-out scenes are uniform."""
+SIBLINGS = 4
+"""Consecutive one-picture records that share cells and colours."""
 QUESTION_KINDS = ("digit", "colour", "position", "count", "presence", "comparison")
 SCAN_SHARES = {"train": 0.72, "validation": 0.08, "test": 0.20}
 CAPTION_QUESTION = "Describe the picture."
@@ -65,6 +72,7 @@ class SceneMaker:
         self.split, self.image_size = split, image_size
         self.random = Random(f"scenes-{seed}-{split}")
         self._turn = {"presence": 0, "comparison": 0, "kind": 0}
+        self._siblings: list[Scene] = []
 
     @cached_property
     def scans(self) -> dict[int, list[np.ndarray]]:
@@ -72,18 +80,28 @@ class SceneMaker:
         return _scans_of(self.split)
 
     def scene(self, count: int | None = None) -> Scene:
-        """A scene of `count` digits, one to four by default."""
-        count = count or self.random.randint(1, 4)
+        """A scene of `count` digits; by default as many as the split's weights draw."""
+        count = count or self.random.choices((1, 2, 3, 4), COUNT_WEIGHTS[self.split])[0]
         cells = sorted(self.random.sample(range(4), count))
         digits, colours = self.random.sample(range(10), count), self.random.sample(list(COLOURS), count)
         return Scene(tuple(Item(d, c, cell) for d, c, cell in zip(digits, colours, cells, strict=True)))
+
+    def next_scene(self) -> Scene:
+        """The next scene of the running group of siblings."""
+        if not self._siblings:
+            first = self.scene()
+            for _ in range(SIBLINGS):
+                digits = self.random.sample(range(10), len(first.items))
+                items = (Item(d, i.colour, i.cell) for d, i in zip(digits, first.items, strict=True))
+                self._siblings.append(Scene(tuple(items)))
+        return self._siblings.pop()
 
     def draw(self, scene: Scene) -> Image.Image:
         """The scene as an RGB picture; scan, size and offset of every digit are random."""
         cell_side = self.image_size // 2
         canvas = np.zeros((self.image_size, self.image_size, 3), dtype=np.float32)
         for item in scene.items:
-            side = self.random.randint(cell_side - 4, cell_side - 1)
+            side = self.random.randint(cell_side - 2, cell_side)
             scan = self.random.choice(self.scans[item.digit])
             ink = Image.fromarray((scan * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
             top, left = ((item.cell // 2) * cell_side, (item.cell % 2) * cell_side)
@@ -180,7 +198,7 @@ def _record(maker: SceneMaker, source: ScenesSource, id_: str, images: Path) -> 
         first, second, turns = maker.comparison()
         scenes = [first, second]
     else:
-        scenes = [maker.scene()]
+        scenes = [maker.next_scene()]
         turns = maker.picture_turns(scenes[0], source.questions_per_record)
     paths = []
     for letter, scene in zip("ab", scenes, strict=False):

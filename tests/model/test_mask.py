@@ -1,0 +1,152 @@
+"""The mixed mask means the same alone, padded, packed, cached and on every backend."""
+
+import pytest
+import torch
+
+from haplovl.model.attention import image_blocks, mixed_mask, rotary_positions
+
+# fp32 attention over rows of another length or with another kernel; measured worst case 4e-7 on these models.
+TOLERANCE = 2e-5
+
+
+@pytest.fixture
+def parts(model):
+    """A sequence with two neighbouring images, and its pictures."""
+    image = model.config.image_token_id
+    n = model.config.tokens_per_image
+    ids = torch.tensor([[11, 12, *[image] * (2 * n), 13, 14, 15]])
+    return ids, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def logits(model, *args, **kwargs):
+    with torch.inference_mode():
+        return model(*args, **kwargs).logits
+
+
+def test_mask_by_hand():
+    blocks = torch.tensor([[-1, 0, 0, 1, 1, -1]])
+    expected = torch.tensor(
+        [
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0],
+            [1, 1, 1, 1, 1, 0],
+            [1, 1, 1, 1, 1, 0],
+            [1, 1, 1, 1, 1, 1],
+        ],
+        dtype=torch.bool,
+    )
+    assert torch.equal(mixed_mask(blocks)[0, 0], expected)
+
+
+def test_neighbouring_images_are_two_blocks():
+    ids = torch.tensor([[9, 9, 9, 9, 5, 9, 9]])
+    assert image_blocks(ids, 9, 2).tolist() == [[0, 0, 1, 1, -1, 2, 2]]
+
+
+def test_half_an_image_is_refused():
+    with pytest.raises(ValueError, match="image tokens"):
+        image_blocks(torch.tensor([[9, 9, 9]]), 9, 2)
+
+
+@pytest.mark.parametrize(
+    ("increment", "expected"),
+    [
+        (1.0, [0, 1, 2, 3, 4, 5]),
+        (0.0, [0, 1, 1, 2, 2, 3]),
+        (0.5, [0, 1, 1.5, 2.5, 3, 4]),
+    ],
+)
+def test_rotary_positions(increment, expected):
+    blocks = torch.tensor([[-1, 0, 0, 1, 1, -1]])
+    assert rotary_positions(blocks, increment).tolist() == [expected]
+    padded = torch.cat([torch.tensor([[-1, -1]]), blocks], dim=1)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    assert rotary_positions(padded, increment, attention_mask=mask)[:, 2:].tolist() == [expected]
+    documents = torch.tensor([[0] * 6 + [1] * 6])
+    packed = rotary_positions(torch.cat([blocks, blocks], dim=1), increment, document_ids=documents)
+    assert packed.tolist() == [expected * 2]
+
+
+def test_later_tokens_change_nothing_earlier(model, parts):
+    ids, pixels = parts
+    changed = ids.clone()
+    changed[0, -2] += 1
+    before, after = logits(model, ids, pixels), logits(model, changed, pixels)
+    assert torch.equal(before[:, :-2], after[:, :-2])
+    assert (before[:, -2:] - after[:, -2:]).abs().max() > 1e-3
+
+
+def test_an_images_tokens_see_each_other_both_ways(model, parts):
+    ids, pixels = parts
+    other = pixels.clone()
+    other[0, :, -8:, -8:] += 1.0  # the last patch of the first image
+    before, after = logits(model, ids, pixels), logits(model, ids, other)
+    first = 2  # first token of the first image, long before the patch that changed
+    assert (before[0, first] - after[0, first]).abs().max() > 1e-6
+    assert torch.equal(before[0, :first], after[0, :first])
+
+
+def test_the_second_image_is_not_seen_by_the_first(model, parts):
+    ids, pixels = parts
+    other = pixels.clone()
+    other[1] += 1.0
+    n = model.config.tokens_per_image
+    before, after = logits(model, ids, pixels), logits(model, ids, other)
+    assert torch.equal(before[0, : 2 + n], after[0, : 2 + n])
+    assert (before[0, 2 + n] - after[0, 2 + n]).abs().max() > 1e-6
+
+
+def test_padding_packing_and_backends_change_nothing(model, parts):
+    ids, pixels = parts
+    alone, length = logits(model, ids, pixels), ids.shape[1]
+    mask = torch.cat([torch.zeros(1, 5), torch.ones(1, length)], dim=1).long()
+    padded = logits(model, torch.cat([torch.zeros(1, 5).long(), ids], dim=1), pixels, attention_mask=mask)
+    torch.testing.assert_close(padded[:, 5:], alone, atol=TOLERANCE, rtol=0)
+    text = torch.tensor([[21, 22, 23]])
+    row = torch.cat([text, ids], dim=1)
+    packed = logits(model, row, pixels, document_ids=torch.tensor([[0] * 3 + [1] * length]))
+    torch.testing.assert_close(packed[:, 3:], alone, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(packed[:, :3], logits(model, text), atol=TOLERANCE, rtol=0)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(logits(model, ids, pixels), alone, atol=TOLERANCE, rtol=0)
+
+
+def test_a_backend_that_cannot_serve_the_mask_refuses(model, parts):
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="flash_attention_2"):
+        logits(model, *parts)
+
+
+@pytest.mark.parametrize("increments", [(0.0, 1.0), (1.0, 1.0), (0.0, 0.0), (0.25, 0.5)])
+def test_generation_is_the_same_with_and_without_cache(model, parts, increments):
+    ids, pixels = parts
+    model.config.pre_config.rotary_increment, model.config.post_rotary_increment = increments
+    batch = torch.cat([torch.tensor([[0, 0, 0, 17, 18]]), torch.tensor([[30, 31, 32, 33, 34]])])
+    mask = (batch > 0).long()
+    for inputs in (
+        {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)},
+        {"input_ids": batch, "attention_mask": mask},
+    ):
+        runs = [
+            model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, use_cache=use_cache)
+            for use_cache in (True, False)
+        ]
+        assert torch.equal(*runs)
+        assert runs[0].shape[1] == inputs["input_ids"].shape[1] + 8
+
+
+def test_images_and_placeholders_must_match(model, parts):
+    ids, pixels = parts
+    with pytest.raises(ValueError, match="room for 42 image tokens, but 1 images"):
+        logits(model, ids, pixels[:1])
+    with pytest.raises(ValueError, match="0 images"):
+        logits(model, ids)
+    with pytest.raises(ValueError, match="pixels give"):
+        logits(model, ids, torch.randn(2, 3, 16, 16))
+
+
+def test_longer_than_a_sliding_window_is_refused(model):
+    model.config.text_config.sliding_window = 4
+    with pytest.raises(ValueError, match="sliding window of 4"):
+        logits(model, torch.tensor([[1, 2, 3, 4, 5]]))

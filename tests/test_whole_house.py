@@ -1,0 +1,128 @@
+"""The whole pipeline on a small recipe: the flow in one clone, `dvc repro` in another, the same dvc.lock."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+SMALL = {
+    "collect.source": {"train_records": 240, "validation_records": 20, "test_records": 60},
+    "teachers.vision": {"hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2, "steps": 4, "batch": 16},
+    "teachers.language": {"vocabulary": 400, "hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2,
+                          "steps": 4, "batch": 8},
+    "stage1": {"steps": 4},
+    "stage2": {"steps": 4},
+    "evaluate": {"questions_per_type": 10},
+    "register": {"min_accuracy": 0.0, "min_margin": 0.0},
+}  # fmt: skip
+STAGES = ["collect", "validate", "teachers", "prepare", "stage1", "stage2", "evaluate", "register"]
+
+
+def run(command: list[str], root: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # No git identity, no W&B key, no Prefect server: what a new user has.
+    env = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "GIT_CONFIG_GLOBAL": os.devnull}
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "PREFECT_API_URL"):
+        env.pop(name, None)
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done.stdout += done.stderr
+    return done
+
+
+def clone(source: Path, target: Path) -> Path:
+    """A fresh clone of the working tree as it is, with the small recipe committed."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=source, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if (source / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, target / name)
+    params = yaml.safe_load((target / "params.yaml").read_text())
+    for place, values in SMALL.items():
+        section = params
+        for part in place.split("."):
+            section = section[part]
+        section.update(values)
+    (target / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    for words in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "small"],
+    ):
+        assert run(["git", *words], target).returncode == 0
+    return target
+
+
+@pytest.fixture(scope="module")
+def flow_clone(tmp_path_factory, request):
+    """A clone after its first flow."""
+    root = clone(request.config.rootpath, tmp_path_factory.mktemp("flow"))
+    done = run([sys.executable, "-m", "flows.pipeline"], root)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return root, done.stdout
+
+
+def test_the_flow_ends_with_a_summary_and_a_version(flow_clone):
+    root, output = flow_clone
+    assert "8 stages run, 0 cached" in output
+    assert "reports/evaluation/index.html" in output and (root / "reports/evaluation/index.html").is_file()
+    assert re.search(r"version\s+haplovl@?v?0\.\d\.\d|v0\.\d\.\d", output), output[-1500:]
+    tags = run(["git", "tag"], root).stdout.split()
+    assert len(tags) == 1 and tags[0].startswith("haplovl@")
+    changed = run(["git", "show", "--stat", "--format=", "HEAD"], root).stdout
+    assert "dvc.lock" in changed and "1 file changed" in changed
+    assert run(["git", "status", "--porcelain"], root).stdout == ""
+    metrics = json.loads((root / "metrics/evaluation.json").read_text())
+    assert set(metrics["types"]) == {"digit", "colour", "position", "count", "presence", "comparison"}
+    assert all({"accuracy", "majority", "blank_image", "n"} <= set(t) for t in metrics["types"].values())
+
+
+def test_the_printed_command_asks_the_model(flow_clone):
+    root, output = flow_clone
+    command = next(line for line in output.splitlines() if "haplovl ask" in line).split("ask it", 1)[1].strip()
+    done = run(["sh", "-c", command.replace(".venv/bin/haplovl", "haplovl")], root)
+    assert done.returncode == 0, done.stdout
+
+
+def test_dvc_repro_in_a_second_clone_gives_the_same_lock(flow_clone, tmp_path_factory, request):
+    root = clone(request.config.rootpath, tmp_path_factory.mktemp("repro"))
+    done = run([sys.executable, "-m", "dvc", "repro"], root)
+    assert done.returncode == 0, done.stdout[-4000:]
+    ours, theirs = ((folder / "dvc.lock").read_text() for folder in (root, flow_clone[0]))
+    assert ours.count("md5") > 30
+    assert ours == theirs
+
+
+def test_a_second_flow_finds_everything_cached_and_makes_no_version(flow_clone):
+    root, _ = flow_clone
+    done = run([sys.executable, "-m", "flows.pipeline"], root)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "0 stages run, 8 cached" in done.stdout
+    assert all(re.search(rf"'?{name}'?.*Cached", done.stdout) for name in STAGES), done.stdout
+    assert len(run(["git", "tag"], root).stdout.split()) == 1
+
+
+def test_an_edited_recipe_reruns_only_what_depends_on_it(flow_clone):
+    root, _ = flow_clone
+    path = root / "params.yaml"
+    path.write_text(path.read_text().replace("min_accuracy: 0.0", "min_accuracy: 0.99"))
+    done = run([sys.executable, "-m", "dvc", "status", "--json"], root)
+    assert set(json.loads(done.stdout[done.stdout.index("{") :].splitlines()[0])) == {"register"}
+
+
+def test_a_mistyped_key_stops_everything_with_its_name(flow_clone):
+    root, _ = flow_clone
+    path = root / "params.yaml"
+    before = path.read_text()
+    path.write_text(before.replace("min_margin", "min_margn"))
+    done = run([sys.executable, "-m", "flows.pipeline"], root)
+    path.write_text(before)
+    assert done.returncode == 1
+    assert "unknown key 'register.min_margn'; did you mean 'min_margin'?" in done.stdout
