@@ -131,7 +131,7 @@ def _results(evaluation: dict[str, Any], gate: dict[str, Any]) -> str:
         "## Results",
         "",
         f"Exact match on held-out questions: **{evaluation['accuracy']:.3f}**. The baselines give the most frequent",
-        "training answer, and ask the same model with a blank picture.",
+        "answer of each type among the test questions, and ask the same model with a blank picture.",
         "",
         "| question type | accuracy | majority | blank image | margin | questions |",
         "|---|---|---|---|---|---|",

@@ -203,6 +203,13 @@ class StageMixture(Strict):
     """Share of the documents that are built from several records (stage 1)."""
 
 
+class Curriculum(Strict):
+    """Easy records first: the first `epochs` passes see only the `share` with the fewest supervised tokens."""
+
+    share: Share = 1.0
+    epochs: Annotated[int, Field(ge=0)] = 0
+
+
 class StageSettings(Strict):
     """What both training stages have in common."""
 
@@ -211,7 +218,8 @@ class StageSettings(Strict):
     batch: BatchSettings
     optimizer: OptimizerSettings
     mixture: StageMixture = StageMixture()
-    checkpoint_every: PositiveInt = 200
+    curriculum: Curriculum = Curriculum()
+    checkpoint_every: PositiveInt = 50
 
 
 class Stage1Settings(StageSettings):
@@ -261,6 +269,13 @@ class Params(Strict):
     evaluate: EvaluateSettings = EvaluateSettings()
     register_: RegisterSettings = Field(default=RegisterSettings(), alias="register")
 
+    @model_validator(mode="after")
+    def _rows_hold_every_record(self) -> "Params":
+        for name in ("stage1", "stage2"):
+            if getattr(self, name).batch.row_tokens < self.prepare.max_tokens:
+                raise ValueError(f"{name}.batch.row_tokens must be at least prepare.max_tokens")
+        return self
+
 
 class ComputeProfile(Strict):
     """Where and how a job runs; never part of a result's identity."""
@@ -271,7 +286,7 @@ class ComputeProfile(Strict):
     processes: PositiveInt = 1
     threads: PositiveInt | None = None
     """CPU threads per process; all cores by default."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Literal[0, 1, 2] = 0
     micro_batch_rows: PositiveInt
     """Rows per forward pass on one process; the rest of a step's rows is gradient accumulation."""
 
@@ -296,7 +311,10 @@ def load_compute(name: str | None = None) -> ComputeProfile:
     if not path.is_file():
         known = sorted(p.stem for p in COMPUTE_FOLDER.glob("*.yaml"))
         raise SettingsError(f"no compute profile '{name}' in {COMPUTE_FOLDER}/; there is: {', '.join(known) or 'none'}")
-    return _load(path, ComputeProfile)
+    profile = _load(path, ComputeProfile)
+    if profile.name != name:
+        raise SettingsError(f"{path}: 'name' must be '{name}' like the file, found '{profile.name}'")
+    return profile
 
 
 def fingerprint(value: Any) -> str:

@@ -66,6 +66,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> PreT
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.add_special_tokens({"additional_special_tokens": extra}, replace_extra_special_tokens=False)
+    # Generation must end where training ended its answers.
+    tokenizer.eos_token = TEMPLATES[template].stop
     return tokenizer
 
 
@@ -85,15 +87,15 @@ def make_processor(folder: Path, tokenizer: PreTrainedTokenizerBase, params: Par
 
 
 def load_vision(folder: Path) -> PreTrainedModel:
-    """The vision teacher of `models/teachers` in eval mode."""
+    """The vision teacher of `models/teachers` in eval mode, in float32 whatever it was saved in."""
     kind = vision_part(AutoConfig.from_pretrained(folder)).model_type
     cls = CLIPVisionModel if kind == "clip_vision_model" else SiglipVisionModel
-    return cls.from_pretrained(folder).eval()
+    return cls.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def load_language(folder: Path) -> PreTrainedModel:
-    """The language teacher of `models/teachers` in eval mode."""
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    """The language teacher of `models/teachers` in eval mode, in float32 whatever it was saved in."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def _take_vision(source: HubTeacher | FolderTeacher, target: Path) -> dict[str, Any]:
@@ -147,5 +149,7 @@ def _load(load: Callable[[], Any], place: str) -> Any:
 
 def seed_everything(seed: int) -> None:
     """Seeds torch and asks for deterministic kernels, so that the same inputs give the same bytes."""
+    # cuBLAS is deterministic with a fixed workspace only, and reads this when it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)

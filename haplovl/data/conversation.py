@@ -28,27 +28,31 @@ class ChatTemplate:
 
     def jinja(self) -> str:
         """The same template for `apply_chat_template`; contents are strings or lists of image and text parts."""
-        s, u = self.system, self.user
-        return (
+        macro = (
             "{%- macro show(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
-            "{%- for part in content -%}{%- if part['type'] == 'image' -%}"
-            + IMAGE_TOKEN
-            + "{%- endif -%}{%- endfor -%}"
+            "{%- for part in content -%}{%- if part['type'] == 'image' -%}IMAGE{%- endif -%}{%- endfor -%}"
             "{%- if content | selectattr('type', 'equalto', 'image') | list -%}{{ '\\n' }}{%- endif -%}"
             "{%- for part in content -%}{%- if part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}"
             "{%- endif -%}{%- endmacro -%}"
-            f"{_literal(self.start)}"
-            "{%- if messages[0]['role'] != 'system' and "
-            f"{self.default_system!r} -%}}{_literal(s[0] + self.default_system + s[1])}{{%- endif -%}}"
-            "{%- for message in messages -%}"
-            f"{{%- if message['role'] == 'system' -%}}{_literal(s[0])}{{{{ show(message['content']) }}}}{_literal(s[1])}"
-            f"{{%- elif message['role'] == 'user' -%}}{_literal(u[0])}{{{{ show(message['content']) }}}}{_literal(u[1])}"
-            f"{{%- elif message['role'] == 'assistant' -%}}{_literal(self.assistant + self.lead)}{{{{ show(message['content']) }}}}"
-            f"{_literal(self.stop + self.after)}"
-            "{%- else -%}{{ raise_exception('unknown role: ' + message['role']) }}{%- endif -%}"
-            "{%- endfor -%}"
-            f"{{%- if add_generation_prompt -%}}{_literal(self.assistant)}{{%- endif -%}}"
+        ).replace("IMAGE", IMAGE_TOKEN)
+        system = self.system[0] + self.default_system + self.system[1]
+        default = ""
+        if self.default_system:
+            default = "{%- if messages[0]['role'] != 'system' -%}" + _literal(system) + "{%- endif -%}"
+        around = {
+            "system": self.system,
+            "user": self.user,
+            "assistant": (self.assistant + self.lead, self.stop + self.after),
+        }
+        show = "{{ show(message['content']) }}"
+        roles = "".join(
+            f"{{%- {'elif' if i else 'if'} message['role'] == '{role}' -%}}{_literal(before)}{show}{_literal(after)}"
+            for i, (role, (before, after)) in enumerate(around.items())
         )
+        unknown = "{%- else -%}{{ raise_exception('unknown role: ' + message['role']) }}{%- endif -%}"
+        prompt = "{%- if add_generation_prompt -%}" + _literal(self.assistant) + "{%- endif -%}"
+        loop = "{%- for message in messages -%}" + roles + unknown + "{%- endfor -%}"
+        return macro + _literal(self.start) + default + loop + prompt
 
 
 def _literal(text: str) -> str:
@@ -83,6 +87,7 @@ TEMPLATES = {
         user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
         assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
         stop="<|eot_id|>",
+        special_tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
     "chatml": ChatTemplate(
         start="",
@@ -91,6 +96,7 @@ TEMPLATES = {
         assistant="<|im_start|>assistant\n",
         stop="<|im_end|>",
         after="\n",
+        special_tokens=("<|im_start|>", "<|im_end|>"),
     ),
 }
 

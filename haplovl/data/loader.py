@@ -1,6 +1,5 @@
 """Reads prepared shards and yields packed training batches; the position is the number of steps taken."""
 
-import io
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +10,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 
-from haplovl.data.packing import draw_documents, fill_rows
+from haplovl.data.decode import decode_bytes
+from haplovl.data.packing import draw_documents, easiest, fill_rows
 from haplovl.data.prepare import read_manifest
 from haplovl.errors import UserError
 from haplovl.files import PREPARED
 from haplovl.model import HaploProcessor
 from haplovl.model.processing import expand_placeholders
-from haplovl.settings import BatchSettings, StageMixture
+from haplovl.settings import BatchSettings, Curriculum, StageMixture
 
 IGNORE = -100
 
@@ -62,13 +61,15 @@ class PreparedRecords:
         self._place: list[tuple[int, int]] = []
         self.kinds: list[str] = []
         self.lengths: list[int] = []
+        self.supervised: list[int] = []
         for number, path in enumerate(self._paths):
-            table = pq.read_table(path, columns=["kind", "tokens", "sizes"])
+            table = pq.read_table(path, columns=["kind", "tokens", "sizes", "supervised"])
             self._add(number, table)
 
     def _add(self, number: int, table: pa.Table) -> None:
         extra = self.processor.tokens_per_image - 1
         columns = (table[name].to_pylist() for name in ("kind", "tokens", "sizes"))
+        self.supervised += table["supervised"].to_pylist()
         for row, (kind, tokens, sizes) in enumerate(zip(*columns, strict=True)):
             self._place.append((number, row))
             self.kinds.append(kind)
@@ -90,7 +91,7 @@ class PreparedRecords:
             full_labels.extend([label] * (per_image if token == image_id else 1))
         pixels = None
         if data["images"]:
-            pictures = [Image.open(io.BytesIO(content)) for content in data["images"]]
+            pictures = [decode_bytes(content) for content in data["images"]]
             pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         return Sample(data["id"], expand_placeholders(ids, image_id, per_image), full_labels, pixels)
 
@@ -111,6 +112,7 @@ class PackedLoader:
         micro_batch_rows: int,
         rank: int = 0,
         world: int = 1,
+        curriculum: Curriculum | None = None,
     ) -> None:
         micro = min(micro_batch_rows, batch.rows // world) if batch.rows >= world else 0
         if not micro or batch.rows % (micro * world):
@@ -120,6 +122,7 @@ class PackedLoader:
             )
         self.records, self.batch, self.mixture, self.seed = records, batch, mixture, seed
         self.rank, self.world = rank, world
+        self.curriculum = curriculum or Curriculum()
         self.micro_batches = batch.rows // (micro * world)
         """Micro-batches per step and rank: the gradient accumulation steps."""
         self.micro_rows = micro
@@ -139,7 +142,9 @@ class PackedLoader:
         """The epoch's rows, cut to whole steps."""
         if self._epoch[0] != epoch:
             records, limit = self.records, self.batch.row_tokens
-            documents = draw_documents(records.kinds, records.lengths, self.mixture, limit, self.seed, epoch)
+            early = epoch < self.curriculum.epochs
+            allowed = easiest(records.supervised, self.curriculum.share) if early else None
+            documents = draw_documents(records.kinds, records.lengths, self.mixture, limit, self.seed, epoch, allowed)
             try:
                 rows = fill_rows(documents, records.lengths, limit)
             except ValueError as error:

@@ -1,5 +1,6 @@
 """Packing: records become documents, documents fill rows of a token budget. A pure function of lengths and seed."""
 
+import math
 from collections.abc import Sequence
 from random import Random
 
@@ -12,18 +13,25 @@ RECORDS_PER_INTERLEAVED = 3
 
 
 def draw_documents(
-    kinds: Sequence[str], lengths: Sequence[int], mixture: StageMixture, row_tokens: int, seed: int, epoch: int
+    kinds: Sequence[str],
+    lengths: Sequence[int],
+    mixture: StageMixture,
+    row_tokens: int,
+    seed: int,
+    epoch: int,
+    allowed: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """One epoch's documents in training order, each a list of record indices.
 
     A kind of weight w occurs w times per epoch (the fraction by lot). A share of the documents, `interleaved`, joins
-    up to three records that together fit a row: sequences that interleave several images and texts.
+    up to three records that together fit a row: sequences that interleave several images and texts. `allowed` limits
+    the epoch to some records.
     """
     random = Random(f"documents-{seed}-{epoch}")
     weights = {"instruction": mixture.instruction, "caption": mixture.caption, "text": mixture.text}
     chosen = []
-    for index, kind in enumerate(kinds):
-        weight = weights[kind]
+    for index in range(len(kinds)) if allowed is None else allowed:
+        weight = weights[kinds[index]]
         chosen += [index] * (int(weight) + int(random.random() < weight - int(weight)))
     random.shuffle(chosen)
     documents, position = [], 0
@@ -40,6 +48,12 @@ def draw_documents(
                 position += 1
         documents.append(document)
     return documents
+
+
+def easiest(supervised: Sequence[int], share: float) -> list[int]:
+    """Indices of the `share` of the records with the fewest supervised tokens, in their own order."""
+    ranked = sorted(range(len(supervised)), key=lambda index: (supervised[index], index))
+    return sorted(ranked[: math.ceil(share * len(ranked))])
 
 
 def fill_rows(documents: list[list[int]], lengths: Sequence[int], row_tokens: int) -> list[list[list[int]]]:

@@ -57,7 +57,7 @@ class Scene:
     @property
     def caption(self) -> str:
         """The scene in words, complete: digit, colour and place of every item."""
-        return ", ".join(f"a {i.colour} {i.digit} at the {CELLS[i.cell]}" for i in self.items) + "."
+        return ", ".join(f"{i.colour} {i.digit} {CELLS[i.cell]}" for i in self.items) + "."
 
     @property
     def count(self) -> str:
@@ -143,7 +143,11 @@ class SceneMaker:
         return Turn(f"Is there {what}?", "yes" if present else "no", "presence")
 
     def picture_turns(self, scene: Scene, questions: int) -> list[Turn]:
-        """A caption turn and `questions` questions, in random order and none twice."""
+        """A caption turn and `questions` questions, none twice.
+
+        Questions name digits and colours, so that later turns can be answered from the text alone. Most records
+        therefore open with the caption or with a digit, which only the picture tells; the rest is in random order.
+        """
         turns = [Turn(CAPTION_QUESTION, scene.caption, "caption")]
         kinds = QUESTION_KINDS[:5]
         for i in range(questions):
@@ -152,7 +156,8 @@ class SceneMaker:
                 turns.append(turn)
         self._turn["kind"] += questions
         self.random.shuffle(turns)
-        return turns
+        opening = self.random.choice(("caption", "caption", "digit", "digit", "any"))
+        return sorted(turns, key=lambda turn: turn.kind != opening)
 
     def comparison(self) -> tuple[Scene, Scene, list[Turn]]:
         """Two scenes with different numbers of digits; the question which has more, and how many each has."""

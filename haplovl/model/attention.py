@@ -34,8 +34,8 @@ def mixed_mask(
     """Which key every query sees: causal, both ways inside one image, never across documents, never padding.
 
     Shapes: blocks [B, L] (see `image_blocks`), attention_mask [B, past_length + L] with 0 for padding, document_ids
-    [B, L] (no cache) → bool [B, 1, L, past_length + L], True where attention is allowed. Padding queries see
-    themselves only, so that no softmax row is empty.
+    [B, L] (no cache) → bool [B, 1, L, past_length + L], True where attention is allowed. Every query sees itself,
+    padding too, so that no softmax row is empty.
 
     Raises:
         ValueError: packed documents together with a cache.

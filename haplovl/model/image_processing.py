@@ -46,6 +46,10 @@ class HaploImageProcessor(BaseImageProcessor):
             raise ValueError(f"expected a PIL image or an array of pixels, found {type(picture).__name__}")
         if 0 in picture.size:
             raise ValueError(f"a picture of {picture.size[0]}x{picture.size[1]} pixels is empty")
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            # White paper behind what is transparent, as most viewers show it.
+            shown = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
         return picture if picture.mode == "RGB" else picture.convert("RGB")
 
     def _tile(self, picture: Image.Image) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Builds a HaploVL model from a vision teacher (CLIP, SigLIP) and a causal language model, weight by weight."""
 
+import copy
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def build_config(
     )
     config = HaploConfig(
         pre_config=pre,
-        text_config=text,
+        text_config=copy.deepcopy(text),  # the teacher's own stays as it is
         image_token_id=image_token_id,
         image_size=settings.image_size,
         post_rotary_increment=settings.post_rotary_increment,
@@ -84,6 +85,7 @@ def inherit(
     Raises:
         ValueError: the teachers or the settings do not fit each other.
     """
+    _refuse_changed_logits(language)
     if vocabulary > language.config.get_text_config().vocab_size:
         language.resize_token_embeddings(vocabulary, mean_resizing=False)
     config = build_config(vision.config, language.config, settings, image_token_id)
@@ -92,6 +94,16 @@ def inherit(
     if settings.pre_decoder == "inherit":
         inherit_vision(model, vision)
     return model
+
+
+def _refuse_changed_logits(language: PreTrainedModel) -> None:
+    """Refuses language models that do more to their logits than one linear layer: ours would differ in silence."""
+    config = language.config.get_text_config()
+    changed = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, n, None)]
+    if getattr(language.get_output_embeddings(), "bias", None) is not None:
+        changed.append("a bias in the head")
+    if changed:
+        raise ValueError(f"the language model '{config.model_type}' has {', '.join(changed)}, which is not supported")
 
 
 @torch.no_grad()

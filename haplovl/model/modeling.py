@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import ModelOutput
 
 from haplovl.model.attention import for_backend, image_blocks, mixed_mask, rotary_positions
@@ -84,7 +84,8 @@ class HaploModel(HaploPreTrainedModel):
         """
         is_image = input_ids == self.config.image_token_id
         text_ids = input_ids.masked_fill(is_image, 0)
-        x = self.text_projection(self.get_input_embeddings()(text_ids))
+        words = self.get_input_embeddings()(text_ids)
+        x = self.text_projection(words.to(self.text_projection.weight.dtype))
         slots = int(is_image.sum())
         images = 0 if pixel_values is None else pixel_values.shape[0]
         if slots != images * self.config.tokens_per_image:
@@ -186,13 +187,16 @@ class HaploModel(HaploPreTrainedModel):
 
 
 def add_pre_decoder_layers(cache: Cache, config: HaploConfig) -> None:
-    """Makes room in a cache for the pre-decoder, behind the language model's layers."""
+    """Makes room in a cache for the pre-decoder, behind the language model's layers.
+
+    Raises:
+        ValueError: a cache that does not grow; its masks have another length than the mixed mask.
+    """
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(f"HaploVL generates with a DynamicCache, not with a {type(cache).__name__}")
     wanted = config.text_config.num_hidden_layers + config.pre_config.num_hidden_layers
     while len(cache.layers) < wanted:
-        if isinstance(cache, StaticCache):
-            cache.layers.append(StaticLayer(max_cache_len=cache.layers[0].max_cache_len))
-        else:
-            cache.layers.append(DynamicLayer())
+        cache.layers.append(DynamicLayer())
 
 
 class HaploForConditionalGeneration(HaploPreTrainedModel, GenerationMixin):
@@ -252,6 +256,18 @@ class HaploForConditionalGeneration(HaploPreTrainedModel, GenerationMixin):
         if first or kwargs.get("past_key_values") is None:
             inputs["pixel_values"] = pixel_values
         return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        # Beams repeat rows; the pictures of a row must be repeated together, not one by one.
+        pixels = kwargs.pop("pixel_values", None)
+        if pixels is not None and expand_size > 1:
+            is_image = input_ids == self.config.image_token_id
+            per_row = (is_image.sum(dim=1) // self.config.tokens_per_image).tolist()
+            pixels = torch.cat([part for rows in pixels.split(per_row) for part in [rows] * expand_size])
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return input_ids, kwargs if pixels is None else {**kwargs, "pixel_values": pixels}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from haplovl.files import RUNS, sha256_of, write_json
+from haplovl.errors import UserError
+from haplovl.files import RUNS, read_json, sha256_of, write_json
 
 KEPT = 2
 MARKER = "complete.json"
@@ -50,18 +51,29 @@ class RunFolder:
         barrier()
         if is_main():
             files = sorted(p for p in target.rglob("*") if p.is_file())
-            write_json(target / MARKER, {p.relative_to(target).as_posix(): sha256_of(p) for p in files})
+            hashes = {p.relative_to(target).as_posix(): sha256_of(p) for p in files}
+            write_json(target / MARKER, {"shape": _shape(engine), "files": hashes})
             for old in self.checkpoints()[KEPT:]:
                 shutil.rmtree(old)
         barrier()
 
     def resume(self, engine: Any) -> int:
-        """Loads the newest undamaged checkpoint; returns the number of steps it has taken, 0 without one."""
+        """Loads the newest undamaged checkpoint; returns the number of steps it has taken, 0 without one.
+
+        Raises:
+            UserError: the state was written by another number of processes or ZeRO stage.
+        """
         for folder in self.checkpoints():
             damaged = _damaged_file(folder)
             if damaged:
                 say(f"checkpoint {folder} is damaged ({damaged}); trying the one before it")
                 continue
+            shape = read_json(folder / MARKER)["shape"]
+            if shape != _shape(engine):
+                raise UserError(
+                    f"the state in {self.path} was written with {shape}, this profile has {_shape(engine)}; "
+                    "continue with the profile it began with, or delete the folder to start again"
+                )
             _, state = engine.load_checkpoint(str(self.path), tag=folder.name)
             torch.set_rng_state(state["random"])
             return int(state["step"])
@@ -88,10 +100,14 @@ class RunFolder:
             shutil.rmtree(folder)
 
 
+def _shape(engine: Any) -> dict[str, int]:
+    """What DeepSpeed's own checkpoint format depends on."""
+    return {"processes": engine.world_size, "zero_stage": engine.zero_optimization_stage()}
+
+
 def _damaged_file(folder: Path) -> str:
     """Name of the first file of a checkpoint that is missing or differs from its hash, else ''."""
-    hashes = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    for name, expected in hashes.items():
+    for name, expected in read_json(folder / MARKER)["files"].items():
         path = folder / name
         if not path.is_file() or sha256_of(path) != expected:
             return name

@@ -18,7 +18,7 @@ def start_distributed(compute: ComputeProfile) -> torch.device:
     """Joins the process group (of one, where no launcher set the environment) and returns this rank's device."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
     # DeepSpeed asks the accelerator by name; without this it looks for GPUs on machines that should not use them.
     os.environ.setdefault("DS_ACCELERATOR", compute.device)
     if compute.threads:
@@ -37,7 +37,8 @@ def start_distributed(compute: ComputeProfile) -> torch.device:
     return torch.device("cpu")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
     import socket
 
     with socket.socket() as server:
@@ -90,8 +91,8 @@ def take_step(engine: Any, batches: list[Any], counts: dict[str, float]) -> tupl
     Returns the mean of every loss part and the gradient's norm before clipping.
 
     Raises:
-        FloatingPointError: a loss or gradient that is no finite number, on all ranks alike and before the optimiser
-            has moved.
+        FloatingPointError: a loss or gradient that is no finite number, on all ranks alike; before the optimiser
+            has moved where gradients are whole (ZeRO 0).
 
     DeepSpeed averages gradients over ranks, so the loss is multiplied by their number: together with the division by
     the global token counts, the gradient is that of the loss over the whole step.
@@ -112,7 +113,11 @@ def take_step(engine: Any, batches: list[Any], counts: dict[str, float]) -> tupl
     if not (math.isfinite(sum(means.values())) and math.isfinite(norm)):
         raise FloatingPointError(f"losses {means}, gradient norm {norm}")
     engine.step()
-    return means, float(engine.get_global_grad_norm() or norm)
+    norm = float(engine.get_global_grad_norm() or norm)
+    if not math.isfinite(norm):
+        # ZeRO knows the norm only after its step; no checkpoint is written from here on.
+        raise FloatingPointError(f"losses {means}, gradient norm {norm}")
+    return means, norm
 
 
 def _plain_grad_norm(engine: Any) -> float:

@@ -82,9 +82,9 @@ class Distillation(nn.Module):
 
     def frozen_to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves what is frozen but used: the vision teacher and the language model's embedding matrix."""
-        core, teacher, words = self._frozen
+        _, teacher, words = self._frozen
         teacher.to(device=device, dtype=dtype)
-        words.data = words.data.to(device=device, dtype=dtype)
+        words.data = words.data.to(device)  # never rounded: it is saved as the language model's own
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Patches behind L_v, text tokens behind L_feat and L_ctp."""
@@ -118,7 +118,8 @@ class Distillation(nn.Module):
             # Every rank must use every parameter in every step, also without a picture.
             return 0.0 * self.vision_head(hidden[:1, :1]).float().sum()
         with torch.no_grad():
-            states = teacher(batch.pixel_values, output_hidden_states=True).hidden_states[self.vision_layer]
+            seen = teacher(batch.pixel_values, output_hidden_states=True, interpolate_pos_encoding=True)
+            states = seen.hidden_states[self.vision_layer]
         patches = len(self._patches)
         target = states[:, -patches:].float()  # the class token, where there is one, comes first
         image_tokens = hidden[batch.input_ids == config.image_token_id]

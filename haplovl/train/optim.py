@@ -21,7 +21,10 @@ def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.opti
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
-    """Linear warm-up, then cosine decay; a pure function of the step (from 0), so that resuming needs no state."""
+    """Linear warm-up, then cosine decay; a pure function of the step (from 0), so that resuming needs no state.
+
+    The step after the last one would have the smallest rate.
+    """
     warmup = math.ceil(settings.warmup_share * steps)
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -34,13 +33,12 @@ from haplovl.records import write_jsonl
 from haplovl.settings import ComputeProfile, Params, Stage1Settings, Stage2Settings, fingerprint
 from haplovl.teachers import load_language, load_vision, seed_everything
 from haplovl.train.checkpoint import RunFolder, barrier, is_main, say
-from haplovl.train.engine import DTYPES, global_counts, make_engine, start_distributed, take_step
+from haplovl.train.engine import DTYPES, global_counts, make_engine, reduce_sum, start_distributed, take_step
+from haplovl.train.launch import EXIT_PREEMPTED, STOP_SIGNALS, launch
 from haplovl.train.objectives import Distillation, InstructionTuning
 from haplovl.train.optim import learning_rate
 
 OUTPUTS = {"stage1": STAGE1, "stage2": STAGE2}
-EXIT_PREEMPTED = 85
-"""Exit status after a checkpoint on SIGTERM or SIGUSR1: run the same command again to go on."""
 
 
 @dataclass
@@ -64,29 +62,21 @@ def train_stage(name: str, params: Params, compute: ComputeProfile) -> None:
     if name not in OUTPUTS:
         raise UserError(f"there is no training stage '{name}'; choose {' or '.join(OUTPUTS)}")
     if compute.processes > 1 and "RANK" not in os.environ:
-        _launch(name, compute)
-        return
+        launch(["train", name, "--compute", compute.name], compute.processes)
     device = start_distributed(compute)
     try:
         stage = _build(name, params)
-        rows = _run(stage, params.seed, compute, device)
+        folder = RunFolder.of(name, stage.key)
+        rows = _run(stage, folder, params.seed, compute, device)
         if isinstance(stage.objective, Distillation) and params.model.connector == "text_head":
             stage.model.model.connector.load_state_dict(stage.objective.text_head.state_dict())
         if is_main():
             _save(stage, rows)
+            folder.discard_checkpoints()
         barrier()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _launch(name: str, compute: ComputeProfile) -> None:
-    """Starts one process per rank on this machine and passes on their failure."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += [str(compute.processes), "-m", "haplovl", "train", name, "--compute", compute.name]
-    status = subprocess.run(command).returncode
-    if status:
-        raise UserError(f"training {name} on {compute.processes} processes ended with status {status}; see above")
 
 
 def _build(name: str, params: Params) -> Stage:
@@ -108,6 +98,9 @@ def _build(name: str, params: Params) -> Stage:
             )
         except ValueError as error:
             raise UserError(f"the model cannot be built from its teachers: {error}") from None
+        # Generation must end where training ended its answers.
+        model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+        model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
         objective: nn.Module = Distillation(model, vision, settings.vision_layer, settings.temperature)
     else:
         settings, start = params.stage2, require(STAGE1, "train stage1")
@@ -126,7 +119,9 @@ def _code_hash() -> str:
     return fingerprint([[str(f.relative_to(package)), sha256_of(f)] for f in files])
 
 
-def _run(stage: Stage, seed: int, compute: ComputeProfile, device: torch.device) -> list[dict[str, Any]]:
+def _run(
+    stage: Stage, folder: RunFolder, seed: int, compute: ComputeProfile, device: torch.device
+) -> list[dict[str, Any]]:
     """Steps from the last checkpoint to the end; returns the whole log."""
     settings = stage.settings
     records = PreparedRecords("train", stage.processor)
@@ -138,11 +133,11 @@ def _run(stage: Stage, seed: int, compute: ComputeProfile, device: torch.device)
         compute.micro_batch_rows,
         dist.get_rank(),
         dist.get_world_size(),
+        settings.curriculum,
     )
     if isinstance(stage.objective, Distillation):
         stage.objective.frozen_to(device, DTYPES[settings.precision])
     engine = make_engine(stage.objective, settings, compute, loader.micro_batches)
-    folder = RunFolder.of(stage.name, stage.key)
     step = folder.resume(engine)
     rows = folder.keep_log(step)
     say(f"{stage.name}: {'continuing after step ' + str(step) if step else 'starting'}, state in {folder.path}")
@@ -157,13 +152,12 @@ def _run(stage: Stage, seed: int, compute: ComputeProfile, device: torch.device)
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 report.update(step, f"loss {row['loss']:.3f} {row['tokens_per_s']:,.0f} tokens/s")
-            if step < total and (stop.asked or step % settings.checkpoint_every == 0):
+            stopping = step < total and stop.asked_anywhere()
+            if stopping or step == total or step % settings.checkpoint_every == 0:
                 folder.save(engine, step)
-            if stop.asked and step < total:
+            if stopping:
                 say(f"stopped by signal after step {step}; the same command goes on from here")
                 sys.exit(EXIT_PREEMPTED)
-    if is_main():
-        folder.discard_checkpoints()
     return rows
 
 
@@ -182,9 +176,11 @@ def _step(stage: Stage, engine: Any, batches: list[Batch], step: int, folder: Pa
         parts, norm = take_step(engine, batches, counts)
     except FloatingPointError as error:
         ids = [name for batch in batches for name in batch.record_ids]
-        write_json(folder / "bad_batch.json", {"step": step + 1, "error": str(error), "records": ids})
+        write_json(
+            folder / f"bad_batch_{dist.get_rank()}.json", {"step": step + 1, "error": str(error), "records": ids}
+        )
         raise UserError(
-            f"{stage.name} stopped before step {step + 1}: {error}; its records are in {folder / 'bad_batch.json'}: "
+            f"{stage.name} stopped before step {step + 1}: {error}; its records are in {folder}/bad_batch_*.json: "
             f"look at them, or lower {stage.name}.optimizer.learning_rate"
         ) from None
     seconds = time.perf_counter() - began
@@ -201,15 +197,19 @@ def _step(stage: Stage, engine: Any, batches: list[Batch], step: int, folder: Pa
 
 
 class _StopSignals:
-    """Remembers SIGTERM and SIGUSR1, so that the step in progress can end and be saved."""
+    """Remembers SIGTERM, SIGUSR1 and Ctrl-C, so that the step in progress can end and be saved."""
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._ask)
 
     def _ask(self, *_: Any) -> None:
         self.asked = True
+
+    def asked_anywhere(self) -> bool:
+        """Whether any rank was asked: all of them must stop after the same step."""
+        return bool(reduce_sum(torch.tensor([float(self.asked)])).item())
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
@@ -223,7 +223,8 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 def _save(stage: Stage, rows: list[dict[str, Any]]) -> None:
     """Writes the stage's transformers folder: weights, processor and the log without its timings."""
-    model = stage.model.cpu().eval()
+    # Stage 1 leaves the language model in float32; one type for the whole folder.
+    model = stage.model.cpu().eval().to(torch.float32 if stage.name == "stage1" else DTYPES[stage.settings.precision])
     with whole_folder(OUTPUTS[stage.name]) as folder:
         model.save_pretrained(folder)
         stage.processor.save_pretrained(folder)

@@ -23,6 +23,7 @@ def project(tmp_path, monkeypatch, processor, request):
     params = load_params(request.config.rootpath / "params.yaml")
     monkeypatch.chdir(tmp_path)
     (RAW / "images").mkdir(parents=True)
+    VALIDATED.mkdir(parents=True)
     rows = []
     for n in range(60):
         names = tuple(f"{n}-{i}.png" for i in range(n % 3))

@@ -149,4 +149,4 @@ def test_images_and_placeholders_must_match(model, parts):
 def test_longer_than_a_sliding_window_is_refused(model):
     model.config.text_config.sliding_window = 4
     with pytest.raises(ValueError, match="sliding window of 4"):
-        logits(model, torch.tensor([[1, 2, 3, 4, 5]]))
+        logits(model, torch.tensor([[11, 12, 13, 14, 15]]))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -36,12 +37,14 @@ def project(tmp_path_factory, vision, language, processor, request):
     params = yaml.safe_load((root / "params.yaml").read_text())
     for stage in ("stage1", "stage2"):
         params[stage].update(steps=STEPS, precision="fp32", checkpoint_every=4, batch={"rows": 4, "row_tokens": 96})
+    params["prepare"]["max_tokens"] = 96
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     shutil.copytree(root / "infra", folder / "infra")
     micro = "name: micro\ndevice: cpu\nprocesses: {}\nzero_stage: {}\nmicro_batch_rows: {}\n"
     for name, values in {"one": (1, 0, 1), "two": (2, 1, 2)}.items():
         (folder / f"infra/compute/{name}.yaml").write_text(micro.format(*values).replace("micro\n", f"{name}\n"))
     os.makedirs(folder / RAW / "images")
+    os.makedirs(folder / VALIDATED)
     rows = []
     for n in range(80):
         Image.new("RGB", (32, 32), (n * 3, 255 - n * 3, n)).save(folder / RAW / "images" / f"{n}.png")
@@ -101,6 +104,42 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(project, trained, t
     assert "continuing after step" in done.stdout, done.stdout + done.stderr
     assert sha256_of(folder / "models/stage1/model.safetensors") == trained
     assert losses(folder) == losses(project)
+
+
+@pytest.mark.slow
+def test_many_kills_at_random_moments_change_nothing(project, trained, tmp_path):
+    folder, random, kills = copy_of(project, tmp_path), Random(0), 0
+    while kills < 8:
+        process = subprocess.Popen([sys.executable, "-m", "haplovl", "train", "stage1"], cwd=folder)
+        try:
+            # Start-up takes most of a short run: moments from the first step to the writing of the model.
+            process.wait(timeout=random.uniform(6, 12))
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills
+    assert haplovl("train", "stage1", cwd=folder).returncode == 0
+    assert sha256_of(folder / "models/stage1/model.safetensors") == trained
+
+
+def test_bf16_resumes_to_the_same_bytes(project, trained, tmp_path):
+    straight = copy_of(project, tmp_path / "straight")
+    params = yaml.safe_load((straight / "params.yaml").read_text())
+    params["stage1"]["precision"] = "bf16"
+    (straight / "params.yaml").write_text(yaml.safe_dump(params))
+    broken = copy_of(straight, tmp_path / "broken")
+    assert haplovl("train", "stage1", cwd=straight).returncode == 0
+    process = subprocess.Popen([sys.executable, "-m", "haplovl", "train", "stage1"], cwd=broken, stdout=subprocess.PIPE)
+    while not list(broken.glob("runs/training/*/step-*/complete.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "continuing after step" in haplovl("train", "stage1", cwd=broken).stdout
+    ours, theirs = (sha256_of(f / "models/stage1/model.safetensors") for f in (broken, straight))
+    assert ours == theirs != trained
 
 
 def test_sigterm_writes_a_checkpoint_and_a_damaged_one_is_passed_over(project, trained, tmp_path):
