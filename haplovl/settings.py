@@ -48,6 +48,8 @@ class ScenesSource(Strict):
     questions_per_record: PositiveInt = 5
     text_only_share: Share = 0.1
     two_image_share: Share = 0.15
+    caption_share: Share = 0.25
+    """Share of the training records that show one digit and hold its caption alone: the easiest to learn from."""
 
 
 class LlavaSource(Strict):
@@ -204,7 +206,10 @@ class StageMixture(Strict):
 
 
 class Curriculum(Strict):
-    """Easy records first: the first `epochs` passes see only the `share` with the fewest supervised tokens."""
+    """Easy records first: the first `epochs` passes see only some of the records with one picture.
+
+    `share` of them is taken, those with the fewest supervised tokens.
+    """
 
     share: Share = 1.0
     epochs: Annotated[int, Field(ge=0)] = 0

@@ -62,6 +62,7 @@ class PreparedRecords:
         self.kinds: list[str] = []
         self.lengths: list[int] = []
         self.supervised: list[int] = []
+        self.pictures: list[int] = []
         for number, path in enumerate(self._paths):
             table = pq.read_table(path, columns=["kind", "tokens", "sizes", "supervised"])
             self._add(number, table)
@@ -72,6 +73,7 @@ class PreparedRecords:
         self.supervised += table["supervised"].to_pylist()
         for row, (kind, tokens, sizes) in enumerate(zip(*columns, strict=True)):
             self._place.append((number, row))
+            self.pictures.append(len(sizes) // 2)
             self.kinds.append(kind)
             self.lengths.append(tokens + extra * (len(sizes) // 2))
 
@@ -143,7 +145,7 @@ class PackedLoader:
         if self._epoch[0] != epoch:
             records, limit = self.records, self.batch.row_tokens
             early = epoch < self.curriculum.epochs
-            allowed = easiest(records.supervised, self.curriculum.share) if early else None
+            allowed = easiest(records.supervised, records.pictures, self.curriculum.share) if early else None
             documents = draw_documents(records.kinds, records.lengths, self.mixture, limit, self.seed, epoch, allowed)
             try:
                 rows = fill_rows(documents, records.lengths, limit)

@@ -29,9 +29,8 @@ COLOURS = {
 }
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three", "four")
-COUNT_WEIGHTS = {"train": (5, 2, 2, 1), "validation": (1, 1, 1, 1), "test": (1, 1, 1, 1)}
-"""How often a scene has one, two, three or four digits: training sees many simple scenes, as they teach what a digit
-is; held-out scenes are uniform."""
+COUNT_WEIGHTS = {"train": (2, 1, 1, 1), "validation": (1, 1, 1, 1), "test": (1, 1, 1, 1)}
+"""How often a scene has one, two, three or four digits; held-out scenes are uniform."""
 SIBLINGS = 4
 """Consecutive one-picture records that share cells and colours."""
 QUESTION_KINDS = ("digit", "colour", "position", "count", "presence", "comparison")
@@ -86,10 +85,10 @@ class SceneMaker:
         digits, colours = self.random.sample(range(10), count), self.random.sample(list(COLOURS), count)
         return Scene(tuple(Item(d, c, cell) for d, c, cell in zip(digits, colours, cells, strict=True)))
 
-    def next_scene(self) -> Scene:
-        """The next scene of the running group of siblings."""
+    def next_scene(self, count: int | None = None) -> Scene:
+        """The next scene of the running group of siblings; `count` digits where a new group begins."""
         if not self._siblings:
-            first = self.scene()
+            first = self.scene(count)
             for _ in range(SIBLINGS):
                 digits = self.random.sample(range(10), len(first.items))
                 items = (Item(d, i.colour, i.cell) for d, i in zip(digits, first.items, strict=True))
@@ -190,8 +189,18 @@ def generate(source: ScenesSource, seed: int, images: Path) -> Iterator[Record]:
     for split, size in sizes.items():
         maker = SceneMaker(split, seed, source.image_size)
         (images / split).mkdir(parents=True, exist_ok=True)
+        captions = round(source.caption_share * size) if split == "train" else 0
         for number in range(size):
-            yield _record(maker, source, f"{split}-{number:06d}", images)
+            make = _caption_record if number < captions else _record
+            yield make(maker, source, f"{split}-{number:06d}", images)
+
+
+def _caption_record(maker: SceneMaker, _: ScenesSource, id_: str, images: Path) -> Record:
+    """One digit and its caption: what a digit looks like, with no other turn that would give it away."""
+    scene, path = maker.next_scene(count=1), f"{maker.split}/{id_}.png"
+    maker.draw(scene).save(images / path)
+    turn = Turn(f"{IMAGE_PLACEHOLDER}\n{CAPTION_QUESTION}", scene.caption, "caption")
+    return Record(id_, (path,), (turn,), maker.split)
 
 
 def _record(maker: SceneMaker, source: ScenesSource, id_: str, images: Path) -> Record:
