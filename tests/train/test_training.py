@@ -199,7 +199,7 @@ def test_missing_inputs_are_named(tmp_path, request):
     for command, missing in (
         ("prepare", "data/validated"),
         ("teachers", "data/validated"),
-        ("evaluate", "models/stage2"),
+        ("evaluate", "data/validated"),
     ):
         done = haplovl(command, cwd=tmp_path)
         assert done.returncode == 1 and missing in done.stderr and done.stderr.count("\n") == 1, done.stderr
