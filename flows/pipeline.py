@@ -98,6 +98,8 @@ def main() -> None:
     logging.getLogger("prefect").addFilter(lambda record: "temporary server" not in record.getMessage())
     # Prefect hands SIGTERM on once the stage has ended; dying of it would leave the temporary server behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Shells start background jobs with Ctrl-C ignored, and Python keeps it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _start_server()
         state = haplovl_full(compute=compute, return_state=True)
