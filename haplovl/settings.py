@@ -255,7 +255,7 @@ class RegisterSettings(Strict):
     name: str = "haplovl"
     min_accuracy: Share = 0.0
     """Gate: overall exact match that a candidate needs."""
-    min_margin: Share = 0.0
+    min_margin: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.0
     """Gate: accuracy that every question type needs above the better of its two baselines."""
 
 
