@@ -31,7 +31,6 @@ CELLS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three", "four")
 COUNT_WEIGHTS = {"train": (2, 1, 1, 1), "validation": (1, 1, 1, 1), "test": (1, 1, 1, 1)}
 """How often a scene has one, two, three or four digits; held-out scenes are uniform."""
-CAPTION_LAST_SHARE = 0.85
 SIBLINGS = 4
 """Consecutive one-picture records that share cells and colours."""
 QUESTION_KINDS = ("digit", "colour", "position", "count", "presence", "comparison")
@@ -145,8 +144,8 @@ class SceneMaker:
     def picture_turns(self, scene: Scene, questions: int) -> list[Turn]:
         """A caption turn and `questions` questions, none twice.
 
-        What comes after the caption can be answered from its text, without a look at the picture. Most records
-        therefore close with the caption.
+        Questions name digits and colours, so that later turns can be answered from the text alone. Most records
+        therefore open with the caption or with a digit, which only the picture tells; the rest is in random order.
         """
         turns = [Turn(CAPTION_QUESTION, scene.caption, "caption")]
         kinds = QUESTION_KINDS[:5]
@@ -156,10 +155,8 @@ class SceneMaker:
                 turns.append(turn)
         self._turn["kind"] += questions
         self.random.shuffle(turns)
-        self.random.shuffle(turns)
-        if self.random.random() < CAPTION_LAST_SHARE:
-            turns.sort(key=lambda turn: turn.kind == "caption")
-        return turns
+        opening = self.random.choice(("caption", "caption", "digit", "digit", "any"))
+        return sorted(turns, key=lambda turn: turn.kind != opening)
 
     def comparison(self) -> tuple[Scene, Scene, list[Turn]]:
         """Two scenes with different numbers of digits; the question which has more, and how many each has."""
