@@ -3,6 +3,7 @@
 Every command imports what it needs when it runs, so that `haplovl --help` answers at once.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -61,6 +62,9 @@ def train(
     ] = None,
 ) -> None:
     """Train one stage; a killed run continues from its last checkpoint."""
+    # The teachers are whole by now: transformers' notes on loading (a CLIP's unused text tower) tell nothing new.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from haplovl.settings import load_compute, load_params
     from haplovl.train.trainer import train_stage
 

@@ -45,11 +45,13 @@ class ScenesSource(Strict):
     train_records: PositiveInt
     validation_records: PositiveInt
     test_records: PositiveInt
-    questions_per_record: PositiveInt = 5
+    questions_per_record: PositiveInt = 6
+    """Most questions about one picture; scenes with few digits give fewer."""
     text_only_share: Share = 0.1
     two_image_share: Share = 0.15
-    caption_share: Share = 0.25
-    """Share of the training records that show one digit and hold its caption alone: the easiest to learn from."""
+    caption_share: Share = 0.4
+    """Share of the training records that hold a caption alone, half of them of one digit. The other shares are of the
+    rest."""
 
 
 class LlavaSource(Strict):
@@ -205,14 +207,11 @@ class StageMixture(Strict):
     """Share of the documents that are built from several records (stage 1)."""
 
 
-class Curriculum(Strict):
-    """Easy records first: the first `epochs` passes see only some of the records with one picture.
+class CurriculumPhase(Strict):
+    """Short records first: `epochs` passes over the `share` of the records with the fewest tokens."""
 
-    `share` of them is taken, those with the fewest supervised tokens.
-    """
-
-    share: Share = 1.0
-    epochs: Annotated[int, Field(ge=0)] = 0
+    share: Share
+    epochs: PositiveInt
 
 
 class StageSettings(Strict):
@@ -223,7 +222,8 @@ class StageSettings(Strict):
     batch: BatchSettings
     optimizer: OptimizerSettings
     mixture: StageMixture = StageMixture()
-    curriculum: Curriculum = Curriculum()
+    curriculum: list[CurriculumPhase] = []
+    """What comes before the passes over all records, in this order."""
     checkpoint_every: PositiveInt = 50
 
 
@@ -294,6 +294,8 @@ class ComputeProfile(Strict):
     zero_stage: Literal[0, 1, 2] = 0
     micro_batch_rows: PositiveInt
     """Rows per forward pass on one process; the rest of a step's rows is gradient accumulation."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention backend of training; on CPUs, eager is the faster one in bfloat16."""
 
 
 def load_params(path: Path | str = PARAMS_FILE) -> Params:

@@ -39,18 +39,20 @@ def make_teachers(params: Params) -> None:
         UserError: a teacher cannot be found or fetched, or does not fit the model settings.
     """
     settings = params.teachers
+    if "train" in (settings.language.kind, settings.vision.kind):
+        require(VALIDATED, "validate")
     with whole_folder(TEACHERS) as folder:
         lineage: dict[str, Any] = {}
         if settings.language.kind == "train":
             from haplovl.teacher_training import train_language
 
-            tokenizer, lineage["language"] = train_language(params, require(VALIDATED, "validate"), folder / "language")
+            tokenizer, lineage["language"] = train_language(params, VALIDATED, folder / "language")
         else:
             tokenizer, lineage["language"] = _take_language(settings.language, params, folder / "language")
         if settings.vision.kind == "train":
             from haplovl.teacher_training import train_vision
 
-            lineage["vision"] = train_vision(params, require(VALIDATED, "validate"), tokenizer, folder / "vision")
+            lineage["vision"] = train_vision(params, VALIDATED, tokenizer, folder / "vision")
         else:
             lineage["vision"] = _take_vision(settings.vision, folder / "vision")
         make_processor(folder, tokenizer, params).save_pretrained(folder / "processor")

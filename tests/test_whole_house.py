@@ -17,7 +17,7 @@ SMALL = {
     "teachers.language": {"vocabulary": 400, "hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2,
                           "steps": 4, "batch": 8},
     "stage1": {"steps": 4},
-    "stage2": {"steps": 4, "curriculum": {"share": 0.6, "epochs": 1}},
+    "stage2": {"steps": 4, "curriculum": [{"share": 0.6, "epochs": 1}]},
     "evaluate": {"questions_per_type": 10},
     "register": {"min_accuracy": 0.0, "min_margin": -1.0},
 }  # fmt: skip

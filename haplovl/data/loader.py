@@ -1,7 +1,7 @@
 """Reads prepared shards and yields packed training batches; the position is the number of steps taken."""
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import torch
 
 from haplovl.data.decode import decode_bytes
-from haplovl.data.packing import draw_documents, easiest, fill_rows
+from haplovl.data.packing import draw_documents, fill_rows, shortest
 from haplovl.data.prepare import read_manifest
 from haplovl.errors import UserError
 from haplovl.files import PREPARED
 from haplovl.model import HaploProcessor
 from haplovl.model.processing import expand_placeholders
-from haplovl.settings import BatchSettings, Curriculum, StageMixture
+from haplovl.settings import BatchSettings, CurriculumPhase, StageMixture
 
 IGNORE = -100
 
@@ -61,19 +61,15 @@ class PreparedRecords:
         self._place: list[tuple[int, int]] = []
         self.kinds: list[str] = []
         self.lengths: list[int] = []
-        self.supervised: list[int] = []
-        self.pictures: list[int] = []
         for number, path in enumerate(self._paths):
-            table = pq.read_table(path, columns=["kind", "tokens", "sizes", "supervised"])
+            table = pq.read_table(path, columns=["kind", "tokens", "sizes"])
             self._add(number, table)
 
     def _add(self, number: int, table: pa.Table) -> None:
         extra = self.processor.tokens_per_image - 1
         columns = (table[name].to_pylist() for name in ("kind", "tokens", "sizes"))
-        self.supervised += table["supervised"].to_pylist()
         for row, (kind, tokens, sizes) in enumerate(zip(*columns, strict=True)):
             self._place.append((number, row))
-            self.pictures.append(len(sizes) // 2)
             self.kinds.append(kind)
             self.lengths.append(tokens + extra * (len(sizes) // 2))
 
@@ -114,7 +110,7 @@ class PackedLoader:
         micro_batch_rows: int,
         rank: int = 0,
         world: int = 1,
-        curriculum: Curriculum | None = None,
+        curriculum: Sequence[CurriculumPhase] = (),
     ) -> None:
         micro = min(micro_batch_rows, batch.rows // world) if batch.rows >= world else 0
         if not micro or batch.rows % (micro * world):
@@ -124,7 +120,7 @@ class PackedLoader:
             )
         self.records, self.batch, self.mixture, self.seed = records, batch, mixture, seed
         self.rank, self.world = rank, world
-        self.curriculum = curriculum or Curriculum()
+        self._shares = [phase.share for phase in curriculum for _ in range(phase.epochs)]
         self.micro_batches = batch.rows // (micro * world)
         """Micro-batches per step and rank: the gradient accumulation steps."""
         self.micro_rows = micro
@@ -144,8 +140,7 @@ class PackedLoader:
         """The epoch's rows, cut to whole steps."""
         if self._epoch[0] != epoch:
             records, limit = self.records, self.batch.row_tokens
-            early = epoch < self.curriculum.epochs
-            allowed = easiest(records.supervised, records.pictures, self.curriculum.share) if early else None
+            allowed = shortest(records.lengths, self._shares[epoch]) if epoch < len(self._shares) else None
             documents = draw_documents(records.kinds, records.lengths, self.mixture, limit, self.seed, epoch, allowed)
             try:
                 rows = fill_rows(documents, records.lengths, limit)

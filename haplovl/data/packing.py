@@ -50,10 +50,9 @@ def draw_documents(
     return documents
 
 
-def easiest(supervised: Sequence[int], pictures: Sequence[int], share: float) -> list[int]:
-    """Indices of the `share` of the one-picture records with the fewest supervised tokens, in their own order."""
-    single = [index for index, count in enumerate(pictures) if count == 1]
-    ranked = sorted(single, key=lambda index: (supervised[index], index))
+def shortest(lengths: Sequence[int], share: float) -> list[int]:
+    """Indices of the `share` of the records with the fewest tokens, in their own order."""
+    ranked = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     return sorted(ranked[: math.ceil(share * len(ranked))])
 
 

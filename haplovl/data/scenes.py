@@ -1,14 +1,18 @@
 """The embedded data set: small scenes of real handwritten digits (scikit-learn's 1,797 scans).
 
 A scene is a square canvas of 2x2 cells with one to four digits, all different in value and in colour. A record asks
-about one scene (a caption turn and several questions, in random order), compares two scenes, or is text only (a
+about one scene (several questions in random order, then a caption), captions one, compares two, or is text only (a
 described scene and a question about it). Training, validation and test scenes use disjoint digit scans. Scenes come
 in runs of four siblings that differ in nothing but their digits: minimal pairs, so that colour and place alone never
 tell two captions apart.
+
+Each digit has three attributes, each of which tells it apart: its value, its colour and its place. A question names one
+(the key) and asks for another. Captions are sorted by one and name it first, so that every word after it has to be
+looked up in the picture by that key.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -29,13 +33,26 @@ COLOURS = {
 }
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three", "four")
-COUNT_WEIGHTS = {"train": (2, 1, 1, 1), "validation": (1, 1, 1, 1), "test": (1, 1, 1, 1)}
-"""How often a scene has one, two, three or four digits; held-out scenes are uniform."""
+COUNT_WEIGHTS = {"train": (1, 3, 3, 3), "validation": (1, 1, 1, 1), "test": (1, 1, 1, 1)}
+"""How often a scene has one, two, three or four digits; held-out scenes are uniform.
+
+One digit needs no look-up."""
 SIBLINGS = 4
 """Consecutive one-picture records that share cells and colours."""
 QUESTION_KINDS = ("digit", "colour", "position", "count", "presence", "comparison")
 SCAN_SHARES = {"train": 0.72, "validation": 0.08, "test": 0.20}
-CAPTION_QUESTION = "Describe the picture."
+KEYS = ("digit", "colour", "place")
+QUESTIONS = {
+    "digit": (("colour", "What colour is the {digit}?"), ("position", "Where is the {digit}?")),
+    "colour": (("digit", "Which digit is {colour}?"), ("position", "Where is the {colour} digit?")),
+    "place": (
+        ("digit", "Which digit is at the {place}?"),
+        ("colour", "What colour is the digit at the {place}?"),
+    ),
+}
+"""For every key the two other attributes, with the question that asks for them."""
+CAPTIONS = {"digit": "{digit} {colour} {place}", "colour": "{colour} {digit} {place}", "place": "{place} {digit} {colour}"}
+ORDER = {"digit": lambda item: item.digit, "colour": lambda item: item.colour, "place": lambda item: item.cell}
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,11 @@ class Item:
     colour: str
     cell: int
 
+    @property
+    def words(self) -> dict[str, str]:
+        """The attributes as they are written in questions, answers and captions."""
+        return {"digit": str(self.digit), "colour": self.colour, "place": CELLS[self.cell]}
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -53,10 +75,9 @@ class Scene:
 
     items: tuple[Item, ...]
 
-    @property
-    def caption(self) -> str:
-        """The scene in words, complete: digit, colour and place of every item."""
-        return ", ".join(f"{i.colour} {i.digit} {CELLS[i.cell]}" for i in self.items) + "."
+    def caption(self, key: str) -> str:
+        """The scene in words, complete: digit, colour and place of every item, sorted by one of them."""
+        return ", ".join(CAPTIONS[key].format(**item.words) for item in sorted(self.items, key=ORDER[key])) + "."
 
     @property
     def count(self) -> str:
@@ -70,7 +91,7 @@ class SceneMaker:
     def __init__(self, split: str, seed: int, image_size: int) -> None:
         self.split, self.image_size = split, image_size
         self.random = Random(f"scenes-{seed}-{split}")
-        self._turn = {"presence": 0, "comparison": 0, "kind": 0}
+        self._turn = {"presence": 0, "comparison": 0}
         self._siblings: list[Scene] = []
 
     @cached_property
@@ -110,53 +131,38 @@ class SceneMaker:
             canvas[y : y + side, x : x + side] += alpha * np.asarray(COLOURS[item.colour], dtype=np.float32)
         return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
 
-    def question(self, kind: str, scene: Scene) -> Turn:
-        """A question of the given kind about one scene; yes and no take turns."""
-        item = self.random.choice(scene.items)
-        by_first = self.random.random() < 0.5
-        if kind == "digit":
-            what = f"at the {CELLS[item.cell]}" if by_first else item.colour
-            return Turn(f"Which digit is {what}?", str(item.digit), kind)
-        if kind == "colour":
-            what = f"the {item.digit}" if by_first else f"the digit at the {CELLS[item.cell]}"
-            return Turn(f"What colour is {what}?", item.colour, kind)
-        if kind == "position":
-            what = str(item.digit) if by_first else f"{item.colour} digit"
-            return Turn(f"Where is the {what}?", CELLS[item.cell], kind)
-        if kind == "count":
-            return Turn("How many digits are there?", scene.count, kind)
-        if kind == "presence":
-            return self._presence(scene, by_first)
-        raise ValueError(f"unknown question kind '{kind}'")
+    def caption_turn(self, scene: Scene) -> Turn:
+        """The request for a caption by a random key, and the caption."""
+        key = self.random.choice(KEYS)
+        return Turn(f"Describe the picture by {key}.", scene.caption(key), "caption")
 
-    def _presence(self, scene: Scene, by_digit: bool) -> Turn:
-        present = self._alternate("presence") == 0
-        if by_digit:
-            shown = [item.digit for item in scene.items]
-            pool = shown if present else [d for d in range(10) if d not in shown]
-            what = f"a {self.random.choice(pool)}"
+    def questions(self, scene: Scene, limit: int) -> list[Turn]:
+        """At most `limit` questions about one scene that share a key, in random order; no answer gives away another."""
+        key = self.random.choice(KEYS)
+        if key == "place":
+            turns = [Turn("How many digits are there?", scene.count, "count")]
         else:
-            shown = [item.colour for item in scene.items]
-            pool = shown if present else [c for c in COLOURS if c not in shown]
-            what = f"a {self.random.choice(pool)} digit"
-        return Turn(f"Is there {what}?", "yes" if present else "no", "presence")
+            turns = list(dict.fromkeys(self._presence(scene, key) for _ in range(2)))[:limit]
+        asked = [(item, kind, text) for item in scene.items for kind, text in QUESTIONS[key]]
+        self.random.shuffle(asked)
+        for item, kind, text in asked[: limit - len(turns)]:
+            answer = item.words["place" if kind == "position" else kind]
+            turns.append(Turn(text.format(**item.words), answer, kind))
+        self.random.shuffle(turns)
+        return turns
+
+    def _presence(self, scene: Scene, key: str) -> Turn:
+        """Whether a digit or a colour is shown; yes and no take turns."""
+        present = self._alternate("presence") == 0
+        shown = [item.words[key] for item in scene.items]
+        every = COLOURS if key == "colour" else map(str, range(10))
+        what = self.random.choice(shown if present else [name for name in every if name not in shown])
+        question = f"Is there a {what}{' digit' if key == 'colour' else ''}?"
+        return Turn(question, "yes" if present else "no", "presence")
 
     def picture_turns(self, scene: Scene, questions: int) -> list[Turn]:
-        """A caption turn and `questions` questions, none twice.
-
-        Questions name digits and colours, so that later turns can be answered from the text alone. Most records
-        therefore open with the caption or with a digit, which only the picture tells; the rest is in random order.
-        """
-        turns = [Turn(CAPTION_QUESTION, scene.caption, "caption")]
-        kinds = QUESTION_KINDS[:5]
-        for i in range(questions):
-            turn = self.question(kinds[(self._turn["kind"] + i) % len(kinds)], scene)
-            if turn.question not in {t.question for t in turns}:
-                turns.append(turn)
-        self._turn["kind"] += questions
-        self.random.shuffle(turns)
-        opening = self.random.choice(("caption", "caption", "digit", "digit", "any"))
-        return sorted(turns, key=lambda turn: turn.kind != opening)
+        """Up to `questions` questions, then the caption: it would give the answers away."""
+        return [*self.questions(scene, questions), self.caption_turn(scene)]
 
     def comparison(self) -> tuple[Scene, Scene, list[Turn]]:
         """Two scenes with different numbers of digits; the question which has more, and how many each has."""
@@ -175,8 +181,9 @@ class SceneMaker:
     def text_turn(self) -> Turn:
         """A described scene and a question about it, without a picture."""
         scene = self.scene()
-        turn = self.question(self.random.choice(QUESTION_KINDS[:5]), scene)
-        return Turn(f"A picture shows {scene.caption} {turn.question}", turn.answer, "reading")
+        turn = self.random.choice(self.questions(scene, 3))
+        caption = scene.caption(self.random.choice(KEYS))
+        return Turn(f"A picture shows {caption} {turn.question}", turn.answer, "reading")
 
     def _alternate(self, name: str) -> int:
         self._turn[name] ^= 1
@@ -191,16 +198,19 @@ def generate(source: ScenesSource, seed: int, images: Path) -> Iterator[Record]:
         (images / split).mkdir(parents=True, exist_ok=True)
         captions = round(source.caption_share * size) if split == "train" else 0
         for number in range(size):
-            make = _caption_record if number < captions else _record
-            yield make(maker, source, f"{split}-{number:06d}", images)
+            id_ = f"{split}-{number:06d}"
+            if number < captions:
+                # Half of the captioned scenes show one digit: what a digit looks like, before any binding.
+                yield _caption_record(maker, maker.next_scene(1 if number < captions // 2 else None), id_, images)
+            else:
+                yield _record(maker, source, id_, images)
 
 
-def _caption_record(maker: SceneMaker, _: ScenesSource, id_: str, images: Path) -> Record:
-    """One digit and its caption: what a digit looks like, with no other turn that would give it away."""
-    scene, path = maker.next_scene(count=1), f"{maker.split}/{id_}.png"
+def _caption_record(maker: SceneMaker, scene: Scene, id_: str, images: Path) -> Record:
+    path = f"{maker.split}/{id_}.png"
     maker.draw(scene).save(images / path)
-    turn = Turn(f"{IMAGE_PLACEHOLDER}\n{CAPTION_QUESTION}", scene.caption, "caption")
-    return Record(id_, (path,), (turn,), maker.split)
+    turn = maker.caption_turn(scene)
+    return Record(id_, (path,), (replace(turn, question=f"{IMAGE_PLACEHOLDER}\n{turn.question}"),), maker.split)
 
 
 def _record(maker: SceneMaker, source: ScenesSource, id_: str, images: Path) -> Record:
@@ -220,7 +230,7 @@ def _record(maker: SceneMaker, source: ScenesSource, id_: str, images: Path) -> 
         maker.draw(scene).save(images / path)
         paths.append(path)
     opening = IMAGE_PLACEHOLDER * len(scenes)
-    turns[0] = Turn(f"{opening}\n{turns[0].question}", turns[0].answer, turns[0].kind)
+    turns[0] = replace(turns[0], question=f"{opening}\n{turns[0].question}")
     return Record(id_, tuple(paths), tuple(turns), maker.split)
 
 

@@ -59,6 +59,8 @@ def build_config(
         pre_layernorm=is_clip,
         class_token=settings.class_token,
         image_newline=settings.image_newline,
+        # For what no teacher has. At small widths the usual 0.02 starts so flat that look-ups are not learned.
+        initializer_range=vision.hidden_size**-0.5,
     )
     config = HaploConfig(
         pre_config=pre,

@@ -66,6 +66,8 @@ def train_stage(name: str, params: Params, compute: ComputeProfile) -> None:
     device = start_distributed(compute)
     try:
         stage = _build(name, params)
+        # By name: the pre-decoder has a configuration, but is no transformers model of its own to be asked.
+        stage.model.set_attn_implementation({"": compute.attention, "text_config": compute.attention})
         folder = RunFolder.of(name, stage.key)
         rows = _run(stage, folder, params.seed, compute, device)
         if isinstance(stage.objective, Distillation) and params.model.connector == "text_head":

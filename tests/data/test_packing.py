@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from haplovl.data.packing import draw_documents, easiest, fill_rows
+from haplovl.data.packing import draw_documents, fill_rows, shortest
 from haplovl.settings import StageMixture
 
 
@@ -54,11 +54,11 @@ def test_interleaved_documents_join_records_that_fit_a_row():
     assert Counter(i for d in documents for i in d) == Counter(range(len(sizes)))
 
 
-def test_the_easiest_are_the_one_picture_records_with_the_fewest_supervised_tokens():
-    supervised, pictures = [9, 3, 5, 1, 7, 5], [1, 1, 1, 0, 1, 2]
-    assert easiest(supervised, pictures, 0.5) == [1, 2]
-    assert easiest(supervised, pictures, 1.0) == [0, 1, 2, 4]
-    only = draw_documents(["text"] * 6, supervised, StageMixture(), 99, seed=1, epoch=0, allowed=[1, 2])
+def test_the_shortest_records_come_first():
+    sizes = [9, 3, 5, 1, 7, 5]
+    assert shortest(sizes, 0.5) == [1, 2, 3]
+    assert shortest(sizes, 1.0) == [0, 1, 2, 3, 4, 5]
+    only = draw_documents(["text"] * 6, sizes, StageMixture(), 99, seed=1, epoch=0, allowed=[1, 2])
     assert sorted(only) == [[1], [2]]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from haplovl.data.scenes import COLOURS, QUESTION_KINDS, SCAN_SHARES, SceneMaker, generate
+from haplovl.data.scenes import KEYS, QUESTION_KINDS, SCAN_SHARES, SceneMaker, generate
 from haplovl.records import SPLITS, Record
 from haplovl.settings import load_params
 
@@ -69,8 +69,25 @@ def test_scene_digits_and_colours_are_unambiguous() -> None:
         scene = maker.scene()
         for name in ("digit", "colour", "cell"):
             assert len({getattr(item, name) for item in scene.items}) == len(scene.items)
-        turn = maker.question("colour", scene)
-        assert turn.answer in COLOURS
-        assert turn.answer in scene.caption
-    with pytest.raises(ValueError, match="unknown question kind"):
-        maker.question("mood", scene)
+        for key in KEYS:
+            caption = scene.caption(key)
+            assert all(word in caption for item in scene.items for word in item.words.values())
+            assert caption.startswith(tuple(item.words[key] for item in scene.items))
+
+
+def test_no_turn_gives_a_later_answer_away(records: list[Record]) -> None:
+    """A record's questions share a key: what they name is never what another one asks for; the caption is last."""
+    asked = 0
+    for record in records:
+        if len(record.images) != 1:
+            continue
+        *questions, last = record.turns
+        assert last.kind == "caption" and all(turn.kind != "caption" for turn in questions)
+        told = {word for item in last.answer.rstrip(".").split(", ") for word in item.split()}
+        for turn in questions:
+            if turn.kind in ("digit", "colour", "position"):
+                others = " ".join(other.question for other in questions)
+                assert not set(turn.answer.split()) & set(others.replace("?", "").split()), (record.id, turn)
+                assert set(turn.answer.split()) <= told
+                asked += 1
+    assert asked > 500
