@@ -51,7 +51,11 @@ QUESTIONS = {
     ),
 }
 """For every key the two other attributes, with the question that asks for them."""
-CAPTIONS = {"digit": "{digit} {colour} {place}", "colour": "{colour} {digit} {place}", "place": "{place} {digit} {colour}"}
+CAPTIONS = {
+    "digit": "{digit} {colour} {place}",
+    "colour": "{colour} {digit} {place}",
+    "place": "{place} {digit} {colour}",
+}
 ORDER = {"digit": lambda item: item.digit, "colour": lambda item: item.colour, "place": lambda item: item.cell}
 
 
