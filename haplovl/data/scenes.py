@@ -34,9 +34,8 @@ COLOURS = {
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three", "four")
 COUNT_WEIGHTS = {"train": (1, 3, 3, 3), "validation": (1, 1, 1, 1), "test": (1, 1, 1, 1)}
-"""How often a scene has one, two, three or four digits; held-out scenes are uniform.
-
-One digit needs no look-up."""
+"""How often a scene has one, two, three or four digits. Held-out scenes are uniform; training sees
+few with one digit outside its captions, as they need no look-up."""
 SIBLINGS = 4
 """Consecutive one-picture records that share cells and colours."""
 QUESTION_KINDS = ("digit", "colour", "position", "count", "presence", "comparison")
@@ -141,12 +140,16 @@ class SceneMaker:
         return Turn(f"Describe the picture by {key}.", scene.caption(key), "caption")
 
     def questions(self, scene: Scene, limit: int) -> list[Turn]:
-        """At most `limit` questions about one scene that share a key, in random order; no answer gives away another."""
+        """At most `limit` questions about one scene that share a key, in random order.
+
+        No digit, colour or place that is an answer is named by another question. Of the two presence questions one is
+        answered yes and one no.
+        """
         key = self.random.choice(KEYS)
         if key == "place":
             turns = [Turn("How many digits are there?", scene.count, "count")]
         else:
-            turns = list(dict.fromkeys(self._presence(scene, key) for _ in range(2)))[:limit]
+            turns = [self._presence(scene, key) for _ in range(2)][:limit]
         asked = [(item, kind, text) for item in scene.items for kind, text in QUESTIONS[key]]
         self.random.shuffle(asked)
         for item, kind, text in asked[: limit - len(turns)]:

@@ -59,7 +59,7 @@ def build_config(
         pre_layernorm=is_clip,
         class_token=settings.class_token,
         image_newline=settings.image_newline,
-        # For what no teacher has. At small widths the usual 0.02 starts so flat that look-ups are not learned.
+        # For what no teacher has; the usual 0.02 suits widths of thousands only.
         initializer_range=vision.hidden_size**-0.5,
     )
     config = HaploConfig(

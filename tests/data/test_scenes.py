@@ -76,7 +76,7 @@ def test_scene_digits_and_colours_are_unambiguous() -> None:
 
 
 def test_no_turn_gives_a_later_answer_away(records: list[Record]) -> None:
-    """A record's questions share a key: what they name is never what another one asks for; the caption is last."""
+    """No question names a digit, colour or place that another one asks for; the caption is last."""
     asked = 0
     for record in records:
         if len(record.images) != 1:
