@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from haplovl.data.conversation import TEMPLATES, encode, segments
-from haplovl.data.decode import open_image
 from haplovl.data.validated import ValidatedRecord, read_validated
 from haplovl.errors import UserError
 from haplovl.files import RAW
 from haplovl.model import HaploImageProcessor
-from haplovl.model.processing import IMAGE_TOKEN
+from haplovl.model.processing import IMAGE_TOKEN, VIDEO_TOKEN
+from haplovl.pictures import open_image
 from haplovl.progress import reporter
 from haplovl.records import IMAGE_PLACEHOLDER
 from haplovl.settings import Params
@@ -82,7 +82,7 @@ def train_tokenizer(texts: list[str], vocabulary: int, template: str) -> PreTrai
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     stop = TEMPLATES[template].stop
-    special = [PAD_TOKEN, IMAGE_TOKEN, *TEMPLATES[template].special_tokens]
+    special = [PAD_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN, *TEMPLATES[template].special_tokens]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[*special, *([] if stop in special else [stop])],
@@ -138,7 +138,7 @@ def _captioned(data: Path) -> Iterator[tuple[ValidatedRecord, str]]:
 def _encode_pairs(
     pairs: list[tuple[ValidatedRecord, str]], tokenizer: PreTrainedTokenizerBase, image_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    processor = HaploImageProcessor(image_size=image_size)
+    processor = HaploImageProcessor(image_size, image_size)  # one patch: only the pixels matter here
     pictures = [open_image(RAW / "images" / item.images[0].path) for item, _ in pairs]
     pixels = processor(pictures, return_tensors="pt")["pixel_values"]
     captions = [caption + tokenizer.eos_token for _, caption in pairs]

@@ -25,7 +25,7 @@ from haplovl.errors import UserError
 from haplovl.files import TEACHERS, VALIDATED, require, sha256_of_folder, whole_folder, write_json
 from haplovl.model import HaploImageProcessor, HaploProcessor
 from haplovl.model.inherit import vision_part
-from haplovl.model.processing import IMAGE_TOKEN
+from haplovl.model.processing import IMAGE_TOKEN, VIDEO_TOKEN
 from haplovl.settings import FolderTeacher, HubTeacher, Params
 
 PAD_TOKEN = "<pad>"
@@ -63,8 +63,8 @@ def make_teachers(params: Params) -> None:
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
-    """Adds the image token, a padding token and the chat template's special tokens where they are missing."""
-    extra = [IMAGE_TOKEN, *TEMPLATES[template].special_tokens]
+    """Adds the image and video tokens, a padding token and the chat template's special tokens where they are missing."""
+    extra = [IMAGE_TOKEN, VIDEO_TOKEN, *TEMPLATES[template].special_tokens]
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.add_special_tokens({"additional_special_tokens": extra}, replace_extra_special_tokens=False)
@@ -79,10 +79,11 @@ def make_processor(folder: Path, tokenizer: PreTrainedTokenizerBase, params: Par
     is_siglip = vision.model_type == "siglip_vision_model"
     normalise = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3} if is_siglip else {}
     return HaploProcessor(
-        image_processor=HaploImageProcessor(image_size=params.model.image_size, **normalise),
+        image_processor=HaploImageProcessor(
+            params.model.image_size, vision.patch_size, params.model.max_tiles, **normalise
+        ),
         tokenizer=tokenizer,
         chat_template=TEMPLATES[params.prepare.chat_template].jinja(),
-        patch_size=vision.patch_size,
         class_token=params.model.class_token,
         image_newline=params.model.image_newline,
     )

@@ -52,9 +52,12 @@ def processor(tokenizer):
     from haplovl.data.conversation import TEMPLATES
     from haplovl.model import HaploImageProcessor, HaploProcessor
 
-    return HaploProcessor(
-        HaploImageProcessor(image_size=32), tokenizer, chat_template=TEMPLATES["plain"].jinja(), patch_size=8
-    )
+    return HaploProcessor(HaploImageProcessor(32, 8), tokenizer, chat_template=TEMPLATES["plain"].jinja())
+
+
+def vocabulary(processor):
+    """What `inherit` asks of a tokenizer: the image token, its size and the video token."""
+    return processor.image_token_id, len(processor.tokenizer), processor.video_token_id
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def model(vision, language, model_settings, processor):
     from haplovl.model.inherit import inherit
 
     torch.manual_seed(3)
-    return inherit(vision, language, model_settings, processor.image_token_id, len(processor.tokenizer)).eval()
+    return inherit(vision, language, model_settings, *vocabulary(processor)).eval()
 
 
 @pytest.fixture(scope="session")
@@ -73,8 +76,6 @@ def tiny_model_dir(tmp_path_factory, vision, language, model_settings, processor
 
     torch.manual_seed(3)
     folder = tmp_path_factory.mktemp("tiny_model")
-    inherit(vision, language, model_settings, processor.image_token_id, len(processor.tokenizer)).save_pretrained(
-        folder
-    )
+    inherit(vision, language, model_settings, *vocabulary(processor)).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-LAYERS = ["settings", "records", "model", "data", "teachers", "train", "evaluate", "registry", "cli"]
+LAYERS = ["settings", "records", "pictures", "model", "data", "teachers", "train", "evaluate", "registry", "cli"]
 ALLOWED = {
-    "model": {"settings"},
-    "data": {"settings", "records", "files", "errors", "progress", "model"},
+    "model": {"settings", "pictures"},
+    "data": {"settings", "records", "pictures", "files", "errors", "progress", "model"},
     "train": {"settings", "records", "files", "errors", "progress", "model", "data", "teachers"},
-    "evaluate": {"settings", "records", "files", "errors", "progress", "model", "data"},
+    "evaluate": {"settings", "records", "pictures", "files", "errors", "progress", "model", "data"},
 }
 HEAVY = {"prefect", "dvc", "great_expectations", "wandb", "gto", "deepspeed"}
 

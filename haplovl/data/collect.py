@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from haplovl.data import scenes
-from haplovl.data.decode import ImageError, open_file, resolve_inside
 from haplovl.errors import UserError
 from haplovl.files import RAW, whole_folder
+from haplovl.pictures import ImageError, open_file, resolve_inside
 from haplovl.records import RecordError, parse_record, read_items, write_jsonl
 from haplovl.settings import LlavaSource, Params, ScenesSource
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from haplovl.model.processing import IMAGE_TOKEN
+from haplovl.model.processing import IMAGE_TOKEN, VIDEO_TOKEN
 from haplovl.records import IMAGE_PLACEHOLDER, Record
 
 
@@ -30,11 +30,13 @@ class ChatTemplate:
         """The same template for `apply_chat_template`; contents are strings or lists of image and text parts."""
         macro = (
             "{%- macro show(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
-            "{%- for part in content -%}{%- if part['type'] == 'image' -%}IMAGE{%- endif -%}{%- endfor -%}"
-            "{%- if content | selectattr('type', 'equalto', 'image') | list -%}{{ '\\n' }}{%- endif -%}"
+            "{%- for part in content -%}{%- if part['type'] == 'image' -%}IMAGE"
+            "{%- elif part['type'] == 'video' -%}VIDEO{%- endif -%}{%- endfor -%}"
+            "{%- if content | rejectattr('type', 'equalto', 'text') | list -%}{{ '\\n' }}{%- endif -%}"
             "{%- for part in content -%}{%- if part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}"
             "{%- endif -%}{%- endmacro -%}"
-        ).replace("IMAGE", IMAGE_TOKEN)
+        )
+        macro = macro.replace("IMAGE", IMAGE_TOKEN).replace("VIDEO", VIDEO_TOKEN)
         system = self.system[0] + self.default_system + self.system[1]
         default = ""
         if self.default_system:

@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from haplovl.data.decode import decode_bytes
 from haplovl.data.packing import draw_documents, fill_rows, shortest
 from haplovl.data.prepare import read_manifest
 from haplovl.errors import UserError
 from haplovl.files import PREPARED
 from haplovl.model import HaploProcessor
-from haplovl.model.processing import expand_placeholders
+from haplovl.model.layout import ImageGrid
+from haplovl.model.media import read_grids
+from haplovl.pictures import decode_bytes
 from haplovl.settings import BatchSettings, CurriculumPhase, StageMixture
 
 IGNORE = -100
@@ -28,24 +29,27 @@ class Batch:
     """Packed rows for one forward pass.
 
     Shapes: input_ids, labels, document_ids [rows, row tokens] (padding: label −100 and documents of its own);
-    pixel_values [N, C, H, W] in the order of the image blocks, or None; record_ids of everything inside.
+    pixel_values [tiles, C, H, W] in the order of the image blocks, or None, with the grid of every picture; record_ids
+    of everything inside.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     document_ids: torch.Tensor
     pixel_values: torch.Tensor | None
+    image_grids: list[ImageGrid]
     record_ids: list[str]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One record, expanded: token ids, labels (−100 where nothing is learnt) and its pictures' pixel values."""
+    """One record, expanded: token ids, labels (−100 where nothing is learnt), its pictures' tiles and their grids."""
 
     id: str
     input_ids: list[int]
     labels: list[int]
     pixel_values: torch.Tensor | None
+    image_grids: list[ImageGrid]
 
 
 class PreparedRecords:
@@ -58,6 +62,7 @@ class PreparedRecords:
         self.processor = processor
         self._paths = [folder / shard["file"] for shard in shards]
         self._open = lru_cache(maxsize=64)(lambda shard: pq.read_table(self._paths[shard], memory_map=True))
+        self._picture_tokens = lru_cache(maxsize=None)(processor.image_tokens)
         self._place: list[tuple[int, int]] = []
         self.kinds: list[str] = []
         self.lengths: list[int] = []
@@ -66,12 +71,12 @@ class PreparedRecords:
             self._add(number, table)
 
     def _add(self, number: int, table: pa.Table) -> None:
-        extra = self.processor.tokens_per_image - 1
         columns = (table[name].to_pylist() for name in ("kind", "tokens", "sizes"))
         for row, (kind, tokens, sizes) in enumerate(zip(*columns, strict=True)):
             self._place.append((number, row))
             self.kinds.append(kind)
-            self.lengths.append(tokens + extra * (len(sizes) // 2))
+            counts = [self._picture_tokens(h, w) for w, h in zip(sizes[0::2], sizes[1::2], strict=True)]
+            self.lengths.append(tokens + sum(counts) - len(counts))
 
     def __len__(self) -> int:
         return len(self._place)
@@ -83,15 +88,24 @@ class PreparedRecords:
         labels = [IGNORE] * len(ids)
         for start, stop in zip(spans[0::2], spans[1::2], strict=True):
             labels[start:stop] = ids[start:stop]
-        per_image, image_id = self.processor.tokens_per_image, self.processor.image_token_id
-        full_labels: list[int] = []
-        for token, label in zip(ids, labels, strict=True):
-            full_labels.extend([label] * (per_image if token == image_id else 1))
-        pixels = None
+        pixels, grids = None, []
         if data["images"]:
             pictures = [decode_bytes(content) for content in data["images"]]
-            pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        return Sample(data["id"], expand_placeholders(ids, image_id, per_image), full_labels, pixels)
+            seen = self.processor.image_processor(pictures, return_tensors="pt")
+            grids = read_grids(seen["image_grids"])
+            tiles = zip(seen["pixel_values"], grids, strict=True)
+            pixels = torch.cat([picture[: grid.tiles] for picture, grid in tiles])
+        counts = [self.processor.grid_tokens(grid) for grid in grids]
+        full_ids, full_labels = _expanded(ids, labels, self.processor.image_token_id, counts)
+        return Sample(data["id"], full_ids, full_labels, pixels, grids)
+
+
+def _expanded(ids: list[int], labels: list[int], image_id: int, counts: list[int]) -> tuple[list[int], list[int]]:
+    """Repeats every image placeholder, and its label, once per token of its picture."""
+    remaining = iter(counts)
+    repeats = [next(remaining) if token == image_id else 1 for token in ids]
+    full_ids = [token for token, times in zip(ids, repeats, strict=True) for _ in range(times)]
+    return full_ids, [label for label, times in zip(labels, repeats, strict=True) for _ in range(times)]
 
 
 class PackedLoader:
@@ -172,7 +186,7 @@ class PackedLoader:
         input_ids = torch.zeros(shape, dtype=torch.long)
         labels = torch.full(shape, IGNORE)
         document_ids = torch.full(shape, -1)
-        pixels, names = [], []
+        pixels, grids, names = [], [], []
         for r, row in enumerate(rows):
             position = 0
             for number, document in enumerate(row):
@@ -185,7 +199,8 @@ class PackedLoader:
                     names.append(sample.id)
                     if sample.pixel_values is not None:
                         pixels.append(sample.pixel_values)
+                        grids += sample.image_grids
                     position = stop
                 # The first token of a document must not be predicted from the document before it.
                 labels[r, first] = IGNORE
-        return Batch(input_ids, labels, document_ids, torch.cat(pixels) if pixels else None, names)
+        return Batch(input_ids, labels, document_ids, torch.cat(pixels) if pixels else None, grids, names)

@@ -65,7 +65,8 @@ def _rows(
     limit = params.prepare.max_tokens
     for item in read_validated(VALIDATED, split=split):
         encoded = encode(item.record, template, processor.tokenizer)
-        expanded = len(encoded.input_ids) + len(item.images) * (processor.tokens_per_image - 1)
+        pictures = sum(processor.image_tokens(image.height, image.width) - 1 for image in item.images)
+        expanded = len(encoded.input_ids) + pictures
         if expanded > limit:
             reason = "longer than prepare.max_tokens"
             refused.append({"id": item.record.id, "reason": reason, "tokens": expanded, "limit": limit})

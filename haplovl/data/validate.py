@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from haplovl.data.collect import ANNOTATIONS, IMAGES, SKIPPED
-from haplovl.data.decode import ImageError, decode_bytes, read_image_file, resolve_inside
 from haplovl.data.suite import CHECKS, judge
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
 from haplovl.errors import UserError
 from haplovl.files import METRICS, QUARANTINE, RAW, REPORTS, VALIDATED, require, whole_folder, write_json
+from haplovl.pictures import ImageError, decode_bytes, read_image_file, resolve_inside
 from haplovl.records import (
     IMAGE_PLACEHOLDER,
     SPLITS,

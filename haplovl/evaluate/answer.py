@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.utils.logging import disable_progress_bar
 
-from haplovl.data.decode import ImageError, open_image
 from haplovl.errors import UserError
+from haplovl.pictures import ImageError, open_image
 
 ASK_TOKENS = 64
 """Longest answer of `haplovl ask`, in tokens."""

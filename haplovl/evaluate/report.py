@@ -13,7 +13,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from haplovl.data.decode import open_image
 from haplovl.evaluate.plots import accuracy_bars, loss_curves
 from haplovl.evaluate.scorers import Outcome, by_kind, normalise
 from haplovl.files import (
@@ -28,6 +27,7 @@ from haplovl.files import (
     sha256_of_folder,
     write_whole,
 )
+from haplovl.pictures import open_image
 from haplovl.settings import Params, fingerprint
 
 WORST_SHOWN = 12

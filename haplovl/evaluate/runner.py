@@ -7,13 +7,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from haplovl.data.decode import open_image
 from haplovl.errors import UserError
 from haplovl.evaluate.answer import Answer, blank, load_model, mean_colour, scored_answers
 from haplovl.evaluate.questions import Question, digest, held_out_questions
 from haplovl.evaluate.report import write_report
 from haplovl.evaluate.scorers import Outcome, score
 from haplovl.files import METRICS, RAW, REPORTS, STAGE2, VALIDATED, require, whole_folder, write_json
+from haplovl.pictures import open_image
 from haplovl.progress import reporter
 from haplovl.records import write_jsonl
 from haplovl.settings import EvaluateSettings, Params

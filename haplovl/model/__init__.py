@@ -2,13 +2,16 @@
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from haplovl.model.configuration import HaploConfig, HaploPreDecoderConfig
+from haplovl.model.configuration import HaploConfig, HaploDecoderConfig, HaploPreDecoderConfig
+from haplovl.model.decoder import HaploDecoderModel
 from haplovl.model.image_processing import HaploImageProcessor
 from haplovl.model.modeling import HaploForConditionalGeneration, HaploModel
 from haplovl.model.processing import HaploProcessor
 
 __all__ = [
     "HaploConfig",
+    "HaploDecoderConfig",
+    "HaploDecoderModel",
     "HaploForConditionalGeneration",
     "HaploImageProcessor",
     "HaploModel",
@@ -18,6 +21,8 @@ __all__ = [
 
 AutoConfig.register("haplovl", HaploConfig)
 AutoConfig.register("haplovl_pre_decoder", HaploPreDecoderConfig)
+AutoConfig.register("haplovl_decoder", HaploDecoderConfig)
+AutoModel.register(HaploDecoderConfig, HaploDecoderModel)
 AutoModel.register(HaploConfig, HaploModel)
 AutoModelForImageTextToText.register(HaploConfig, HaploForConditionalGeneration)
 AutoProcessor.register(HaploConfig, HaploProcessor)

@@ -1,77 +1,167 @@
 """The mixed mask and the rotary positions: what makes one sequence of text and images mean the same everywhere."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from torch.nn import functional
+from torch.nn.attention.flex_attention import create_block_mask
 
-SUPPORTED_BACKENDS = ("eager", "sdpa")
+FLASH_BACKENDS = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+BACKENDS = ("eager", "sdpa", "flex_attention", *FLASH_BACKENDS)
 
 
-def image_blocks(input_ids: torch.Tensor, image_token_id: int, tokens_per_image: int) -> torch.Tensor:
-    """Numbers the images of every row: −1 for text, k for the tokens of the row's k-th image.
+def number_blocks(is_media: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Numbers the image blocks of a batch: −1 for text, k for the tokens of the batch's k-th block.
 
-    Shapes: input_ids [B, L] → [B, L] int64. Every image fills exactly `tokens_per_image` positions, so that images
-    with no text between them stay apart.
+    Shapes: is_media [B, L] bool, `sizes` the tokens of every block in the order of the rows → [B, L] int64. As sizes
+    are known, blocks with no text between them stay apart.
 
     Raises:
-        ValueError: a row holds a number of image tokens that is no whole number of images.
+        ValueError: the blocks do not fill the marked positions exactly, or a block is torn apart.
     """
-    is_image = input_ids == image_token_id
-    counts = is_image.sum(dim=1)
-    if bool((counts % tokens_per_image).any()):
+    slots = int(is_media.sum())
+    if slots != sum(sizes):
         raise ValueError(
-            f"rows hold {counts.tolist()} image tokens, but every image fills {tokens_per_image} positions; "
-            "build the inputs with HaploProcessor"
+            f"the sequence has room for {slots} image tokens, but {len(sizes)} images or frames of together "
+            f"{sum(sizes)} tokens were given; build the inputs with HaploProcessor"
         )
-    number = (is_image.cumsum(dim=1) - 1) // tokens_per_image
-    return torch.where(is_image, number, -1)
+    number = torch.full_like(is_media, -1, dtype=torch.long)
+    if not slots:
+        return number
+    place = is_media.flatten().nonzero()[:, 0]
+    size = torch.tensor(sizes, device=place.device)
+    last = size.cumsum(0) - 1
+    first = last - size + 1
+    row = place // is_media.shape[1]
+    if bool(((place[last] - place[first] != size - 1) | (row[last] != row[first])).any()):
+        raise ValueError("the tokens of an image are torn apart by text or by the end of a row")
+    number.view(-1)[place] = torch.repeat_interleave(torch.arange(len(sizes), device=place.device), size)
+    return number
 
 
-def mixed_mask(
-    blocks: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    document_ids: torch.Tensor | None = None,
-    past_length: int = 0,
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class MixedMask:
     """Which key every query sees: causal, both ways inside one image, never across documents, never padding.
 
-    Shapes: blocks [B, L] (see `image_blocks`), attention_mask [B, past_length + L] with 0 for padding, document_ids
-    [B, L] (no cache) → bool [B, 1, L, past_length + L], True where attention is allowed. Every query sees itself,
-    padding too, so that no softmax row is empty.
+    Shapes: blocks [B, L] (see `number_blocks`; None without images), attention_mask [B, past + L] with 0 for padding
+    (None without padding), document_ids [B, L] (None unless packed; no cache). `keys` is past + L, or the size of a
+    static cache. Every query sees itself, padding too, so that no softmax row is empty.
 
     Raises:
         ValueError: packed documents together with a cache.
     """
-    batch, length = blocks.shape
-    query = torch.arange(past_length, past_length + length, device=blocks.device)
-    key = torch.arange(past_length + length, device=blocks.device)
-    own = blocks.new_full((batch, past_length + length), -1)
-    own[:, past_length:] = blocks
-    same_image = (blocks[:, :, None] == own[:, None, :]) & (blocks >= 0)[:, :, None]
-    allowed = (key[None, :] <= query[:, None])[None] | same_image
-    if document_ids is not None:
-        if past_length:
+
+    batch: int
+    length: int
+    device: torch.device
+    blocks: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    document_ids: torch.Tensor | None = None
+    past: int = 0
+    keys: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", self.keys or self.past + self.length)
+        if self.document_ids is not None and self.past:
             raise ValueError("packed documents (document_ids) cannot be combined with a key-value cache")
-        allowed = allowed & (document_ids[:, :, None] == document_ids[:, None, :])
-    if attention_mask is not None:
-        allowed = allowed & attention_mask.to(torch.bool)[:, None, :]
-    allowed = allowed | (key[None, :] == query[:, None])[None]
-    return allowed[:, None]
+        if self.attention_mask is not None:
+            missing = self.keys - self.attention_mask.shape[1]  # slots of a static cache that nothing fills yet
+            object.__setattr__(self, "attention_mask", functional.pad(self.attention_mask.bool(), (0, missing)))
 
-
-def for_backend(allowed: torch.Tensor, backend: str, dtype: torch.dtype) -> torch.Tensor:
-    """Turns the boolean mask into what an attention backend takes.
-
-    Raises:
-        ValueError: a backend that cannot be given this mask exactly; nothing is ever silently causal.
-    """
-    if backend == "sdpa":
-        return allowed
-    if backend == "eager":
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-            ~allowed, torch.finfo(dtype).min
+    def causal(self) -> "MixedMask":
+        """The same mask without sight of later tokens of the same image."""
+        return MixedMask(
+            self.batch, self.length, self.device, None, self.attention_mask, self.document_ids, self.past, self.keys
         )
-    raise ValueError(
-        f"attention backend '{backend}' cannot serve the mixed mask; use one of {', '.join(SUPPORTED_BACKENDS)}"
-    )
+
+    def dense(self) -> torch.Tensor:
+        """True where attention is allowed: [B or 1, 1, L, keys]."""
+        query = torch.arange(self.past, self.past + self.length, device=self.device)[:, None]
+        key = torch.arange(self.keys, device=self.device)[None, :]
+        allowed = (key <= query)[None]
+        if self.blocks is not None:
+            same = (self.blocks[:, :, None] == self._key_blocks()[:, None, :]) & (self.blocks >= 0)[:, :, None]
+            allowed = allowed | same
+        if self.document_ids is not None:
+            allowed = allowed & (self.document_ids[:, :, None] == self.document_ids[:, None, :])
+        if self.attention_mask is not None:
+            allowed = allowed & self.attention_mask[:, None, :]
+        return (allowed | (key == query)[None])[:, None]
+
+    def block_sparse(self) -> Any:
+        """The mask as FlexAttention's BlockMask."""
+        blocks, own, documents, real = self.blocks, self._key_blocks(), self.document_ids, self.attention_mask
+        past = self.past
+
+        def allowed(b: torch.Tensor, _: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            seen = k <= q + past
+            if blocks is not None:
+                seen = seen | ((blocks[b, q] == own[b, k]) & (blocks[b, q] >= 0))
+            if documents is not None:
+                seen = seen & (documents[b, q] == documents[b, k])
+            if real is not None:
+                seen = seen & real[b, k]
+            return seen | (k == q + past)
+
+        return create_block_mask(allowed, self.batch, None, self.length, self.keys, device=self.device)
+
+    def _key_blocks(self) -> torch.Tensor | None:
+        if self.blocks is None:
+            return None
+        return functional.pad(self.blocks, (self.past, self.keys - self.past - self.length), value=-1)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the mask is the causal one and nothing else, so that a kernel's own causal mask can serve it."""
+        no_exception = self.blocks is None and self.document_ids is None and self.attention_mask is None
+        fits = self.past == 0 or self.length == 1
+        return no_exception and fits and self.keys == self.past + self.length
+
+    def for_backend(self, backend: str, dtype: torch.dtype, needs_grad: bool) -> tuple[Any, dict[str, Any]]:
+        """The mask as a backend takes it, and further arguments of its attention function.
+
+        Raises:
+            ValueError: a backend that cannot serve this mask exactly; nothing is ever silently causal or full.
+        """
+        if backend == "sdpa":
+            return None if self.plain else self.dense(), {}
+        if backend == "eager":
+            allowed = self.dense()
+            mask = torch.zeros(allowed.shape, dtype=dtype, device=self.device)
+            return mask.masked_fill_(~allowed, torch.finfo(dtype).min), {}
+        if backend == "flex_attention":
+            if needs_grad and self.device.type == "cpu":
+                raise ValueError(
+                    "flex_attention has no backward on a CPU; train with attn_implementation='sdpa', or run under "
+                    "torch.inference_mode()"
+                )
+            return self.block_sparse(), {}
+        if backend in FLASH_BACKENDS:
+            return self._for_flash(backend)
+        raise ValueError(f"unknown attention backend '{backend}'; use one of {', '.join(BACKENDS)}")
+
+    def _for_flash(self, backend: str) -> tuple[Any, dict[str, Any]]:
+        """Padding mask and packing of flash-attn's causal kernels."""
+        if self.blocks is not None and self.length > 1:
+            raise ValueError(
+                f"'{backend}' is causal inside images, so it cannot serve the mixed mask; use sdpa or flex_attention "
+                "for sequences with images (it serves text, cached decoding and a post-decoder with post_mask 'causal')"
+            )
+        if self.keys != self.past + self.length:
+            raise ValueError(f"'{backend}' cannot serve a static cache; use the dynamic one")
+        if self.document_ids is None:
+            return self.attention_mask, {}
+        if self.attention_mask is not None:
+            raise ValueError(f"'{backend}' takes packed documents or padding, not both; give padding document_ids too")
+        change = torch.ones_like(self.document_ids, dtype=torch.bool)  # every row begins a document
+        change[:, 1:] = self.document_ids[:, 1:] != self.document_ids[:, :-1]
+        total = self.document_ids.numel()
+        starts = functional.pad(change.flatten().nonzero()[:, 0], (0, 1), value=total).int()
+        longest = int((starts[1:] - starts[:-1]).max())
+        return None, {
+            "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest
+        }  # fmt: skip
 
 
 def rotary_positions(

@@ -1,11 +1,61 @@
 """Configuration of HaploVL: the pre-decoder, the language model and how images enter the sequence."""
 
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, PretrainedConfig
 
+from haplovl.model.layout import patches_per_side, single_tile
 
-class HaploPreDecoderConfig(PretrainedConfig):
+
+class HaploDecoderConfig(PretrainedConfig):
+    """Shape of a stack of HaploDecoderLayer: the pre-decoder, and the post-decoder of released checkpoints.
+
+    `rope_parameters` is transformers' dictionary (`rope_type`, `rope_theta` and what the type needs). `norm` and
+    `gated_mlp` choose between a vision transformer's layer (LayerNorm, fc1 and fc2) and a language model's.
+    """
+
+    model_type = "haplovl_decoder"
+
+    def __init__(
+        self,
+        hidden_size: int = 1024,
+        intermediate_size: int = 4096,
+        num_hidden_layers: int = 24,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int | None = None,
+        hidden_act: str = "quick_gelu",
+        norm: Literal["layernorm", "rmsnorm"] = "layernorm",
+        norm_eps: float = 1e-5,
+        gated_mlp: bool = False,
+        final_norm: bool = True,
+        rope_parameters: dict | None = None,
+        max_position_embeddings: int = 32768,
+        initializer_range: float = 0.02,
+        vocab_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if norm not in ("layernorm", "rmsnorm"):
+            raise ValueError(f"norm is '{norm}'; expected 'layernorm' or 'rmsnorm'")
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = hidden_size // num_attention_heads
+        self.hidden_act = hidden_act
+        self.norm = norm
+        self.norm_eps = norm_eps
+        self.gated_mlp = gated_mlp
+        self.final_norm = final_norm
+        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        if vocab_size is not None:
+            self.vocab_size = vocab_size
+        super().__init__(**kwargs)
+
+
+class HaploPreDecoderConfig(HaploDecoderConfig):
     """Shape of the pre-decoder and of the image embedding, both inherited from a vision transformer.
 
     `patch_grid` is the side, in patches, of the learned position table. `rotary_increment` is the rotary step between
@@ -16,40 +66,26 @@ class HaploPreDecoderConfig(PretrainedConfig):
 
     def __init__(
         self,
-        hidden_size: int = 1024,
-        intermediate_size: int = 4096,
-        num_hidden_layers: int = 24,
-        num_attention_heads: int = 16,
-        hidden_act: str = "quick_gelu",
-        layer_norm_eps: float = 1e-5,
-        rope_theta: float = 10000.0,
         rotary_increment: float = 0.0,
         patch_size: int = 14,
         num_channels: int = 3,
         patch_grid: int = 24,
         patch_bias: bool = False,
         pre_layernorm: bool = True,
+        pre_layernorm_eps: float | None = None,
         class_token: bool = True,
         image_newline: bool = True,
-        initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.hidden_act = hidden_act
-        self.layer_norm_eps = layer_norm_eps
-        self.rope_theta = rope_theta
         self.rotary_increment = rotary_increment
         self.patch_size = patch_size
         self.num_channels = num_channels
         self.patch_grid = patch_grid
         self.patch_bias = patch_bias
         self.pre_layernorm = pre_layernorm
+        self.pre_layernorm_eps = pre_layernorm_eps
         self.class_token = class_token
         self.image_newline = image_newline
-        self.initializer_range = initializer_range
         super().__init__(**kwargs)
 
 
@@ -57,7 +93,11 @@ class HaploConfig(PretrainedConfig):
     """Configuration of HaploForConditionalGeneration.
 
     `text_config` is any transformers causal language model's configuration; the model uses that model's own class.
-    `image_token_id` marks every position of the sequence that an image token fills.
+    `image_token_id` and `video_token_id` mark every position of the sequence that a token of an image or of a video
+    fills. `text_projection` off means text embeddings of the pre-decoder's own width (the released layout).
+    `post_mask` is the mask of the language model: `mixed` as in the pre-decoder, or `causal` also inside images.
+    A video frame is one tile; with `frame_newlines` it has a newline token after every row as an image has, else there
+    is one newline token after the last frame (the released layout).
     """
 
     model_type = "haplovl"
@@ -68,8 +108,13 @@ class HaploConfig(PretrainedConfig):
         pre_config: dict | HaploPreDecoderConfig | None = None,
         text_config: dict | PretrainedConfig | None = None,
         image_token_id: int = 32000,
+        video_token_id: int | None = None,
         image_size: int = 336,
         post_rotary_increment: float = 1.0,
+        post_mask: Literal["mixed", "causal"] = "mixed",
+        text_projection: bool = True,
+        connector_bias: bool = True,
+        frame_newlines: bool = True,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -79,27 +124,28 @@ class HaploConfig(PretrainedConfig):
             pre_config = HaploPreDecoderConfig(**pre_config)
         self.pre_config = pre_config if pre_config is not None else HaploPreDecoderConfig()
         self.image_token_id = image_token_id
+        self.video_token_id = video_token_id
         self.image_size = image_size
         self.post_rotary_increment = post_rotary_increment
+        if post_mask not in ("mixed", "causal"):
+            raise ValueError(f"post_mask is '{post_mask}'; expected 'mixed' or 'causal'")
+        self.post_mask = post_mask
+        self.text_projection = text_projection
+        self.connector_bias = connector_bias
+        self.frame_newlines = frame_newlines
         kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
+        if kwargs["tie_word_embeddings"] and not text_projection:
+            raise ValueError(
+                "tie_word_embeddings needs text_projection: without it the text embeddings have the pre-decoder's "
+                "width, which is not that of the head"
+            )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
         super().__init__(**kwargs)
 
     @property
     def tokens_per_image(self) -> int:
-        """Sequence positions that one image fills: patches, row newlines and the class token."""
+        """Sequence positions of a picture in a single square tile: patches, row newlines and the class token."""
         pre = self.pre_config
-        return image_token_count(self.image_size, pre.patch_size, pre.class_token, pre.image_newline)
-
-
-def image_token_count(image_size: int, patch_size: int, class_token: bool, image_newline: bool) -> int:
-    """Number of sequence positions of one square image; the only place where they are counted.
-
-    Raises:
-        ValueError: the image's side is no multiple of the patch size.
-    """
-    if image_size <= 0 or image_size % patch_size:
-        raise ValueError(f"image_size {image_size} is not a positive multiple of the patch size {patch_size}")
-    side = image_size // patch_size
-    return side * (side + int(image_newline)) + int(class_token)
+        side = patches_per_side(self.image_size, pre.patch_size)
+        return single_tile(side, side).tokens(pre.class_token, pre.image_newline)

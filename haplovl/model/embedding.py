@@ -1,10 +1,13 @@
 """Image embedding: one linear layer over raw patches, learned 2-D positions, class and newline tokens."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from haplovl.model.configuration import HaploPreDecoderConfig
+from haplovl.model.layout import ImageGrid
 
 
 def resize_position_grid(table: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -20,10 +23,28 @@ def resize_position_grid(table: torch.Tensor, rows: int, columns: int) -> torch.
     return grid.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(table.dtype)
 
 
+def merge_tiles(tiles: torch.Tensor, grid: ImageGrid) -> torch.Tensor:
+    """The patches of one picture from those of its tiles: put together, cut to what is kept, shrunk if so laid out.
+
+    Shapes: tiles [T, rows, columns, H] (row by row) → [out_rows, out_columns, H].
+    """
+    _, rows, columns, width = tiles.shape
+    whole = tiles.view(grid.tile_rows, grid.tile_columns, rows, columns, width).permute(0, 2, 1, 3, 4)
+    whole = whole.reshape(grid.tile_rows * rows, grid.tile_columns * columns, width)
+    kept = whole[grid.top : grid.top + grid.rows, grid.left : grid.left + grid.columns]
+    size = (grid.out_rows, grid.out_columns)
+    if size == (grid.rows, grid.columns):
+        return kept
+    # In float32, as interpolation in half precision loses what the patches differ by.
+    shrunk = functional.interpolate(kept.permute(2, 0, 1)[None].float(), size=size, mode="bilinear")
+    return shrunk[0].permute(1, 2, 0).to(tiles.dtype)
+
+
 class HaploImageEmbedding(nn.Module):
     """Turns pictures into the tokens of their image blocks.
 
-    Order inside a block: class token (if any), then the rows of patches, each ended by a newline token (if any).
+    Order inside a block: a class token per tile (if any), then the rows of patches, each ended by a newline token (if
+    any).
     """
 
     def __init__(self, config: HaploPreDecoderConfig) -> None:
@@ -37,7 +58,7 @@ class HaploImageEmbedding(nn.Module):
         self.newline = nn.Parameter(torch.zeros(width)) if config.image_newline else None
 
     def patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Cuts pictures into flat patches: [N, C, H, W] → [N, rows, columns, C·p·p], in a convolution's order."""
+        """Cuts tiles into flat patches: [T, C, H, W] → [T, rows, columns, C·p·p], in a convolution's order."""
         size = self.config.patch_size
         count, channels, height, width = pixel_values.shape
         if height % size or width % size:
@@ -45,24 +66,45 @@ class HaploImageEmbedding(nn.Module):
         x = pixel_values.reshape(count, channels, height // size, size, width // size, size)
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[N, C, H, W] → [N, tokens per image, pre-decoder width]."""
+    def embed_tiles(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Patches with their positions: [T, C, H, W] → [T, rows, columns, pre-decoder width]."""
         patches = self.patches(pixel_values.to(self.patch.weight.dtype))
-        count, rows, columns, _ = patches.shape
-        position = resize_position_grid(self.position, rows, columns).reshape(rows, columns, -1)
-        tokens = self.patch(patches) + position
-        if self.newline is not None:
-            newline = self.newline.expand(count, rows, 1, -1)
-            tokens = torch.cat([tokens, newline], dim=2)
-        tokens = tokens.flatten(1, 2)
+        _, rows, columns, _ = patches.shape
+        return self.patch(patches) + resize_position_grid(self.position, rows, columns).reshape(rows, columns, -1)
+
+    def forward(self, pixel_values: torch.Tensor, grids: Sequence[ImageGrid], newlines: bool = True) -> torch.Tensor:
+        """The tokens of all pictures, one after the other.
+
+        Shapes: pixel_values [T, C, H, W], the tiles of the first picture, of the second …; one grid per picture →
+        [tokens, pre-decoder width]. `newlines` off leaves the newline tokens out (frames of released checkpoints).
+        """
+        tiles = self.embed_tiles(pixel_values)
+        newline = self.newline if newlines else None
+        if len({*grids}) == 1 and grids[0].tiles == 1 and grids[0].out_rows == tiles.shape[1] == grids[0].rows:
+            return self._blocks(tiles, 1, newline).flatten(0, 1)  # all alike: in one go
+        parts = tiles.split([grid.tiles for grid in grids])
+        blocks = [
+            self._blocks(merge_tiles(part, grid)[None], grid.tiles, newline)[0]
+            for part, grid in zip(parts, grids, strict=True)
+        ]
+        return torch.cat(blocks)
+
+    def _blocks(self, patches: torch.Tensor, tiles: int, newline: torch.Tensor | None) -> torch.Tensor:
+        """[N, rows, columns, H] → [N, tokens, H]."""
+        count, rows, _, width = patches.shape
+        if newline is not None:
+            patches = torch.cat([patches, newline.expand(count, rows, 1, -1)], dim=2)
+        tokens = patches.flatten(1, 2)
         if self.class_token is not None:
-            first = (self.class_token + self.class_position).expand(count, 1, -1)
+            first = (self.class_token + self.class_position).expand(count, tiles, width)
             tokens = torch.cat([first, tokens], dim=1)
         return tokens
 
-    def patch_positions(self, rows: int, columns: int) -> torch.Tensor:
-        """Indices of the patches inside an image block: class token and newlines stay out. [rows·columns]."""
-        start = int(self.class_token is not None)
-        stride = columns + int(self.newline is not None)
-        grid = torch.arange(rows)[:, None] * stride + torch.arange(columns)[None, :] + start
-        return grid.flatten()
+    def is_patch(self, grids: Sequence[ImageGrid]) -> torch.Tensor:
+        """Which tokens of the pictures are patches: class and newline tokens are not. [tokens] bool."""
+        flags = []
+        for grid in grids:
+            rows = torch.ones(grid.out_rows, grid.out_columns, dtype=torch.bool)
+            rows = functional.pad(rows, (0, int(self.newline is not None)))
+            flags.append(functional.pad(rows.flatten(), (grid.tiles * int(self.class_token is not None), 0)))
+        return torch.cat(flags)

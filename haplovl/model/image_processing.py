@@ -1,66 +1,185 @@
-"""Pictures to pixel values: padded to a square, resized to one tile, normalised. PIL and NumPy only."""
+"""Pictures and video frames to pixel values: laid out in tiles, resized, normalised. PIL and NumPy only."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.utils import logging
+
+from haplovl.model.layout import Placement, place, place_as_released
+from haplovl.pictures import MAX_PIXELS, ImageError, as_picture
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+logger = logging.get_logger(__name__)
+
 
 class HaploImageProcessor(BaseImageProcessor):
-    """One square tile per picture: padded with the mean colour, bicubic resize to `image_size` pixels."""
+    """Lays pictures out in square tiles of `image_size` pixels, as haplovl.model.layout says.
 
-    model_input_names = ["pixel_values"]
+    `max_tiles` 1 gives every picture one tile, padded to a square with the mean colour; more tiles show larger
+    pictures in detail (any resolution). `tiling` "released" repeats what released checkpoints were trained with, by
+    `image_grid_pinpoints` (heights and widths in pixels): black and uneven padding, transparency ignored, frames
+    stretched.
+    """
+
+    model_input_names = ["pixel_values", "image_grids", "pixel_values_videos", "video_frames"]
 
     def __init__(
         self,
         image_size: int = 336,
+        patch_size: int = 14,
+        max_tiles: int = 1,
         image_mean: Sequence[float] = CLIP_MEAN,
         image_std: Sequence[float] = CLIP_STD,
+        tiling: Literal["haplovl", "released"] = "haplovl",
+        image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
+        max_pixels: int = MAX_PIXELS,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if tiling not in ("haplovl", "released"):
+            raise ValueError(f"tiling is '{tiling}'; expected 'haplovl' or 'released'")
         self.image_size = image_size
+        self.patch_size = patch_size
+        self.max_tiles = max_tiles
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.tiling = tiling
+        self.image_grid_pinpoints = [list(point) for point in image_grid_pinpoints or []]
+        self.max_pixels = max_pixels
+
+    def place(self, height: int, width: int) -> Placement:
+        """The layout of a picture of this size.
+
+        Raises:
+            ImageError: (a ValueError) none of the model's image_grid_pinpoints fits.
+        """
+        if self.tiling == "haplovl":
+            return place(height, width, self.image_size, self.patch_size, self.max_tiles)
+        if placed := self._place_as_released(height, width):
+            return placed
+        # No token would be left: shrunk until one row of patches is, which fits any arrangement of tiles.
+        limit = self.image_size // self.patch_size
+        placed = self._place_as_released(min(height, width * limit), min(width, height * limit))
+        if placed is None:
+            raise ImageError(f"a picture of {width}x{height} pixels fits none of the model's image_grid_pinpoints")
+        return replace(placed, shrunk=True)
+
+    def _place_as_released(self, height: int, width: int) -> Placement | None:
+        points = self.image_grid_pinpoints
+        return place_as_released(height, width, self.image_size, self.patch_size, points, self.max_tiles)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
-        """A picture or a list of pictures → pixel_values [N, 3, image_size, image_size] float32."""
-        pictures = images if isinstance(images, (list, tuple)) else [images]
-        pixels = np.stack([self._tile(self._rgb(picture)) for picture in pictures])
-        return BatchFeature({"pixel_values": torch.from_numpy(pixels) if return_tensors == "pt" else pixels})
+        """A picture or a list of pictures → pixel_values [N, T, 3, s, s] float32 and image_grids [N, 8].
+
+        Pictures with fewer than T tiles are filled up with zeros. Anything that `as_picture` takes is a picture.
+
+        Raises:
+            ImageError: (a ValueError) a picture cannot be read; it is named by its place in the list.
+        """
+        pictures = list(images) if isinstance(images, (list, tuple)) else [images]
+        tiles, grids = [], []
+        for number, picture in enumerate(pictures):
+            try:
+                own, grid = self._tiles(self._rgb(picture))
+            except ImageError as error:
+                raise ImageError(f"image {number + 1} of {len(pictures)}: {error}") from None
+            tiles.append(own)
+            grids.append(grid)
+        most = max(len(own) for own in tiles)
+        pixels = np.zeros((len(tiles), most, *tiles[0].shape[1:]), dtype=np.float32)
+        for row, own in zip(pixels, tiles, strict=True):
+            row[: len(own)] = own
+        return _batch({"pixel_values": pixels, "image_grids": np.array(grids)}, return_tensors)
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
         return self.preprocess(images, **kwargs)
 
-    @staticmethod
-    def _rgb(picture: Any) -> Image.Image:
-        if isinstance(picture, np.ndarray):
-            picture = Image.fromarray(picture)
-        if not isinstance(picture, Image.Image):
-            raise ValueError(f"expected a PIL image or an array of pixels, found {type(picture).__name__}")
-        if 0 in picture.size:
-            raise ValueError(f"a picture of {picture.size[0]}x{picture.size[1]} pixels is empty")
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            # White paper behind what is transparent, as most viewers show it.
-            shown = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    def preprocess_videos(self, videos: Sequence[Sequence[Any]], return_tensors: str | None = None) -> BatchFeature:
+        """Videos as lists of frames → pixel_values_videos [V, F, 3, s, s] float32 and video_frames [V].
 
-    def _tile(self, picture: Image.Image) -> np.ndarray:
-        side = max(picture.size)
-        if picture.size != (side, side):
-            fill = tuple(round(255 * mean) for mean in self.image_mean)
-            square = Image.new("RGB", (side, side), fill)
-            square.paste(picture, ((side - picture.size[0]) // 2, (side - picture.size[1]) // 2))
-            picture = square
-        if side != self.image_size:
-            picture = picture.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        pixels = np.asarray(picture, dtype=np.float32) / 255.0
+        Videos with fewer than F frames are filled up with zeros.
+
+        Raises:
+            ImageError: (a ValueError) a video without frames, or a frame that cannot be read.
+        """
+        most = max(len(video) for video in videos)
+        pixels = np.zeros((len(videos), most, 3, self.image_size, self.image_size), dtype=np.float32)
+        for number, video in enumerate(videos):
+            if not len(video):
+                raise ImageError(f"video {number + 1} of {len(videos)} has no frames")
+            for i, frame in enumerate(video):
+                try:
+                    pixels[number, i] = self._frame(self._rgb(frame))
+                except ImageError as error:
+                    raise ImageError(f"frame {i + 1} of video {number + 1}: {error}") from None
+        counts = np.array([len(video) for video in videos])
+        return _batch({"pixel_values_videos": pixels, "video_frames": counts}, return_tensors)
+
+    def _rgb(self, picture: Any) -> Image.Image:
+        return as_picture(picture, self.max_pixels, keep_hidden=self.tiling == "released")
+
+    def _tiles(self, picture: Image.Image) -> tuple[np.ndarray, list[int]]:
+        """[tiles, 3, s, s] and the grid of one picture."""
+        placed = self.place(picture.height, picture.width)
+        if placed.shrunk:
+            logger.warning(
+                f"a picture of {picture.width}x{picture.height} pixels is too long and narrow for the model; it was "
+                f"shrunk to {placed.size[1]}x{placed.size[0]}, an aspect ratio that is allowed"
+            )
+        canvas = self._paste(picture, placed)
+        side, cut = self.image_size, []
+        for top in range(0, placed.grid.tile_rows * side, side):
+            for left in range(0, placed.grid.tile_columns * side, side):
+                tile = canvas.crop((left, top, min(left + side, canvas.width), min(top + side, canvas.height)))
+                cut.append(self._normalise(tile))
+        return np.stack(cut), placed.grid.to_list()
+
+    def _paste(self, picture: Image.Image, placed: Placement) -> Image.Image:
+        """The picture, resized, on a canvas of whole tiles."""
+        height, width = placed.size
+        full_height, full_width = placed.grid.tile_rows * self.image_size, placed.grid.tile_columns * self.image_size
+        top, left = placed.offset
+        fill = self.mean_colour
+        if self.tiling == "released":
+            # The released processor pads both sides alike, so a canvas of odd padding is one pixel short.
+            full_height, full_width, fill = height + 2 * top, width + 2 * left, (0, 0, 0)
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        if (full_width, full_height) == (width, height):
+            return picture
+        canvas = Image.new("RGB", (full_width, full_height), fill)
+        canvas.paste(picture, (left, top))
+        return canvas
+
+    def _frame(self, picture: Image.Image) -> np.ndarray:
+        """[3, s, s] of one frame, which is always one tile."""
+        if self.tiling == "haplovl":
+            placed = place(picture.height, picture.width, self.image_size, self.patch_size, max_tiles=1)
+            picture = self._paste(picture, placed)
+        return self._normalise(picture)
+
+    @property
+    def mean_colour(self) -> tuple[int, int, int]:
+        """The colour that normalisation turns into zero."""
+        red, green, blue = (round(255 * mean) for mean in self.image_mean)
+        return red, green, blue
+
+    def _normalise(self, tile: Image.Image) -> np.ndarray:
+        if tile.size != (self.image_size, self.image_size):
+            tile = tile.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        pixels = np.asarray(tile, dtype=np.float32) / 255.0
         pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _batch(data: dict[str, np.ndarray], return_tensors: str | None) -> BatchFeature:
+    if return_tensors == "pt":
+        return BatchFeature({name: torch.from_numpy(values) for name, values in data.items()})
+    return BatchFeature(data)

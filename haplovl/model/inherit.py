@@ -30,7 +30,11 @@ def vision_part(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def build_config(
-    vision: PretrainedConfig, text: PretrainedConfig, settings: ModelSettings, image_token_id: int
+    vision: PretrainedConfig,
+    text: PretrainedConfig,
+    settings: ModelSettings,
+    image_token_id: int,
+    video_token_id: int | None = None,
 ) -> HaploConfig:
     """The configuration of the model that inherits from these two teachers.
 
@@ -50,7 +54,8 @@ def build_config(
         num_hidden_layers=layers,
         num_attention_heads=vision.num_attention_heads,
         hidden_act=vision.hidden_act,
-        layer_norm_eps=vision.layer_norm_eps,
+        norm_eps=vision.layer_norm_eps,
+        final_norm=not settings.plain_connector,
         rotary_increment=settings.pre_rotary_increment,
         patch_size=vision.patch_size,
         num_channels=vision.num_channels,
@@ -66,8 +71,11 @@ def build_config(
         pre_config=pre,
         text_config=copy.deepcopy(text),  # the teacher's own stays as it is
         image_token_id=image_token_id,
+        video_token_id=video_token_id,
         image_size=settings.image_size,
         post_rotary_increment=settings.post_rotary_increment,
+        post_mask=settings.post_mask,
+        connector_bias=not settings.plain_connector,
     )
     _ = config.tokens_per_image  # refuses an image size that is no multiple of the patch size
     return config
@@ -79,6 +87,7 @@ def inherit(
     settings: ModelSettings,
     image_token_id: int,
     vocabulary: int,
+    video_token_id: int | None = None,
 ) -> HaploForConditionalGeneration:
     """A HaploVL model with the teachers' weights; what no teacher has is drawn from torch's random generator.
 
@@ -90,7 +99,7 @@ def inherit(
     _refuse_changed_logits(language)
     if vocabulary > language.config.get_text_config().vocab_size:
         language.resize_token_embeddings(vocabulary, mean_resizing=False)
-    config = build_config(vision.config, language.config, settings, image_token_id)
+    config = build_config(vision.config, language.config, settings, image_token_id, video_token_id)
     model = HaploForConditionalGeneration(config).to(language.dtype)
     inherit_language(model, language)
     if settings.pre_decoder == "inherit":
@@ -116,6 +125,13 @@ def inherit_language(model: HaploForConditionalGeneration, language: PreTrainedM
     model.generation_config.update(
         **{name: getattr(language.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     )
+    suppress_placeholders(model)
+
+
+def suppress_placeholders(model: HaploForConditionalGeneration) -> None:
+    """Keeps generation from placeholders: as an answer they would be pictures that nobody gave."""
+    ids = [model.config.image_token_id, model.config.video_token_id]
+    model.generation_config.suppress_tokens = [number for number in ids if number is not None]
 
 
 @torch.no_grad()

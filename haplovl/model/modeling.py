@@ -1,48 +1,68 @@
 """HaploVL as a transformers model: early fusion of raw image patches and text in one transformer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers import AutoModel, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
-from haplovl.model.attention import for_backend, image_blocks, mixed_mask, rotary_positions
+from haplovl.model.attention import MixedMask, rotary_positions
+from haplovl.model.cache import fit_cache, next_positions, remember_positions
 from haplovl.model.configuration import HaploConfig
+from haplovl.model.decoder import HaploPreDecoder
 from haplovl.model.embedding import HaploImageEmbedding
-from haplovl.model.pre_decoder import HaploPreDecoder
+from haplovl.model.generation import HaploGenerationMixin
+from haplovl.model.loading import StrictLoading
+from haplovl.model.media import Media
 
 
 @dataclass
 class HaploModelOutput(ModelOutput):
-    """Hidden states of the post-decoder [B, L, H] and, where one is used, the filled cache."""
+    """Hidden states of the post-decoder [B, L, H], the filled cache, and on request the states between the layers.
+
+    `pre_hidden_states`: the input of every pre-decoder layer and the last one's output before the final norm.
+    `hidden_states`: the language model's own, the last one after its final norm.
+    """
 
     last_hidden_state: torch.Tensor | None = None
     past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    pre_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class HaploCausalLMOutput(ModelOutput):
-    """Loss (mean over supervised tokens), logits [B, kept, V] and the filled cache."""
+    """Loss (mean over supervised tokens), logits [B, kept, V], and as HaploModelOutput."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    pre_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-class HaploPreTrainedModel(PreTrainedModel):
+class HaploPreTrainedModel(StrictLoading, PreTrainedModel):
     """Weight initialisation and the features that every HaploVL model has."""
 
     config_class = HaploConfig
     config: HaploConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HaploPreDecoderLayer"]
+    _no_split_modules = ["HaploDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
+    # Blocks and masks follow from the input ids, which no full graph can hold; torch.compile breaks around them.
+    _can_compile_fullgraph = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -63,69 +83,76 @@ class HaploModel(HaploPreTrainedModel):
         # The language model keeps cache layers 0…N−1 of its own, the pre-decoder takes those after them.
         self.language_model = AutoModel.from_config(text)
         self.image_embedding = HaploImageEmbedding(pre)
-        self.text_projection = nn.Linear(text.hidden_size, pre.hidden_size)
+        if config.text_projection:
+            self.text_projection = nn.Linear(text.hidden_size, pre.hidden_size)
+        else:
+            self.text_embedding = nn.Embedding(text.vocab_size, pre.hidden_size)
         self.pre_decoder = HaploPreDecoder(pre, first_cache_index=text.num_hidden_layers)
-        self.connector = nn.Linear(pre.hidden_size, text.hidden_size)
+        self.connector = nn.Linear(pre.hidden_size, text.hidden_size, bias=config.connector_bias)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
+        return self.language_model.get_input_embeddings() if self.config.text_projection else self.text_embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
+        if self.config.text_projection:
+            self.language_model.set_input_embeddings(value)
+        else:
+            self.text_embedding = value
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Puts text and image tokens into one sequence of the pre-decoder's width.
-
-        Shapes: input_ids [B, L], pixel_values [N, C, H, W] in the order of the image blocks → [B, L, pre width].
-
-        Raises:
-            ValueError: the placeholders in input_ids do not match the images.
-        """
-        is_image = input_ids == self.config.image_token_id
-        text_ids = input_ids.masked_fill(is_image, 0)
-        words = self.get_input_embeddings()(text_ids)
-        x = self.text_projection(words.to(self.text_projection.weight.dtype))
-        slots = int(is_image.sum())
-        images = 0 if pixel_values is None else pixel_values.shape[0]
-        if slots != images * self.config.tokens_per_image:
-            raise ValueError(
-                f"the sequence has room for {slots} image tokens, but {images} images of "
-                f"{self.config.tokens_per_image} tokens each were given"
-            )
-        if images:
-            tokens = self.image_embedding(pixel_values)
-            if tokens.shape[1] != self.config.tokens_per_image:
-                raise ValueError(
-                    f"pictures of {tuple(pixel_values.shape[2:])} pixels give {tokens.shape[1]} tokens, "
-                    f"expected {self.config.tokens_per_image}"
-                )
-            x = x.masked_scatter(is_image[..., None], tokens.to(x.dtype))
+    def embed(self, input_ids: torch.Tensor, media: Media) -> torch.Tensor:
+        """Puts text and image tokens into one sequence of the pre-decoder's width: [B, L] → [B, L, pre width]."""
+        if media.blocks is not None:
+            input_ids = input_ids.masked_fill(media.blocks >= 0, 0)
+        x = self.get_input_embeddings()(input_ids)
+        if self.config.text_projection:
+            x = self.text_projection(x.to(self.text_projection.weight.dtype))
+        if media.images is not None:
+            x = x.masked_scatter(media.is_image[..., None], self._image_tokens(media).to(x.dtype))
+        if media.videos is not None:
+            x = x.masked_scatter(media.is_video[..., None], self._video_tokens(media).to(x.dtype))
         return x
+
+    def _image_tokens(self, media: Media) -> torch.Tensor:
+        return self.image_embedding(media.images, media.image_grids)
+
+    def _video_tokens(self, media: Media) -> torch.Tensor:
+        frames = sum(media.video_frames)
+        tokens = self.image_embedding(media.videos, [media.frame_grid] * frames, self.config.frame_newlines)
+        if self.config.frame_newlines or self.image_embedding.newline is None:
+            return tokens
+        end = self.image_embedding.newline[None]
+        per_frame = len(tokens) // frames
+        parts = tokens.split([count * per_frame for count in media.video_frames])
+        return torch.cat([piece for part in parts for piece in (part, end)])
 
     def pre_decode(
         self,
         input_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None,
+        pixel_values: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
         all_hidden_states: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Embeddings through the pre-decoder, without the language model: what stage 1 trains. → [B, L, pre width]."""
-        blocks = image_blocks(input_ids, self.config.image_token_id, self.config.tokens_per_image)
-        positions = rotary_positions(blocks, self.config.pre_config.rotary_increment, document_ids=document_ids)
-        x = self.embed(input_ids, pixel_values)
+        media = Media.of(self.config, input_ids, pixel_values, image_grids)
+        increment = self.config.pre_config.rotary_increment
+        positions = rotary_positions(media.blocks_or_text(input_ids), increment, document_ids=document_ids)
+        mask = MixedMask(*input_ids.shape, input_ids.device, media.blocks, document_ids=document_ids)
+        x = self.embed(input_ids, media)
         backend = self.config._attn_implementation
-        mask = for_backend(mixed_mask(blocks, document_ids=document_ids), backend, x.dtype)
-        return self.pre_decoder(x, positions, mask, backend, all_hidden_states=all_hidden_states)
+        served, options = mask.for_backend(backend, x.dtype, x.requires_grad)
+        return self.pre_decoder(
+            x, positions, served, backend, options=options, all_hidden_states=all_hidden_states
+        )  # fmt: skip
 
     def position_ids(
         self,
-        input_ids: torch.Tensor,
+        blocks: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Rotary positions of a whole sequence for pre- and post-decoder. [B, L] → [2, B, L]."""
-        blocks = image_blocks(input_ids, self.config.image_token_id, self.config.tokens_per_image)
+        """Rotary positions of a whole sequence for pre- and post-decoder: blocks [B, L] → [2, B, L]."""
         increments = (self.config.pre_config.rotary_increment, self.config.post_rotary_increment)
         pre, post = (rotary_positions(blocks, i, attention_mask, document_ids) for i in increments)
         dtype = torch.promote_types(pre.dtype, post.dtype)
@@ -135,71 +162,127 @@ class HaploModel(HaploPreTrainedModel):
         self,
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | Sequence | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_frames: torch.Tensor | Sequence[int] | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
+        output_hidden_states: bool = False,
     ) -> HaploModelOutput:
         """Runs the whole transformer.
 
-        Shapes: input_ids [B, L]; pixel_values [N, C, H, W] in the order of the image blocks; attention_mask
+        Shapes: input_ids [B, L]; pixel_values [N, T, C, H, W] (padded to the most tiles) or [all tiles, C, H, W] in
+        the order of the image blocks; image_grids [N, 8], rows of ImageGrid (absent: every picture is one tile);
+        pixel_values_videos [V, F, C, H, W], video_frames [V] the real frames of each (absent: all); attention_mask
         [B, past + L], 0 for padding; position_ids [2, B, L] for pre- and post-decoder (computed when absent);
         document_ids [B, L] for packed rows.
 
         Raises:
-            ValueError: placeholders and images do not match, the attention backend cannot serve the mask, or a cache
-                is continued without position_ids while positions depend on what it holds.
+            ValueError: placeholders and images do not match, the sequence is longer than the context, the attention
+                backend cannot serve the mask, or a cache is continued whose positions are not known.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if past_key_values is not None:
-            add_pre_decoder_layers(past_key_values, self.config)
-        if position_ids is None:
-            if past:
-                raise ValueError("position_ids are needed to continue a filled cache; generate() passes them")
-            position_ids = self.position_ids(input_ids, attention_mask, document_ids)
-        blocks = image_blocks(input_ids, self.config.image_token_id, self.config.tokens_per_image)
-        allowed = mixed_mask(blocks, attention_mask, document_ids, past)
-        self._refuse_sliding_window(allowed.shape[-1])
-        x = self.embed(input_ids, pixel_values)
-        backend = self.config._attn_implementation
-        mask = for_backend(allowed, backend, x.dtype)
-        x = self.connector(self.pre_decoder(x, position_ids[0], mask, backend, past_key_values))
-        mask = for_backend(allowed, self.config.text_config._attn_implementation, x.dtype)
-        out = self.language_model(
-            inputs_embeds=x,
-            attention_mask=mask,
-            position_ids=position_ids[1],
-            past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
+        fit_cache(past_key_values, self.config)
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        self._check_length(input_ids.shape[1], past)
+        decoding = past > 0 and input_ids.shape[1] == 1 and pixel_values is None and pixel_values_videos is None
+        media = (
+            Media()
+            if decoding
+            else Media.of(self.config, input_ids, pixel_values, image_grids, pixel_values_videos, video_frames)
         )
-        return HaploModelOutput(out.last_hidden_state, past_key_values)
+        attention_mask = self._padding(attention_mask, input_ids, past)
+        if position_ids is None:
+            own = None if attention_mask is None else attention_mask[:, past:]
+            position_ids = self.position_ids(media.blocks_or_text(input_ids), own, document_ids)
+            if past:
+                position_ids = position_ids + next_positions(past_key_values, past)[..., None]
+        mask = MixedMask(
+            *input_ids.shape, input_ids.device, media.blocks, attention_mask, document_ids, past,
+            keys=_static_size(past_key_values),
+        )  # fmt: skip
+        pre_states: list[torch.Tensor] | None = [] if output_hidden_states else None
+        x = self._pre_forward(input_ids, media, position_ids[0], mask, past_key_values, pre_states)
+        out = self._post_forward(x, position_ids[1], mask, past_key_values, output_hidden_states)
+        if past_key_values is not None:
+            remember_positions(past_key_values, past + input_ids.shape[1], position_ids[..., -1] + 1)
+        return HaploModelOutput(
+            out.last_hidden_state, past_key_values, out.hidden_states, tuple(pre_states) if pre_states else None
+        )
 
-    def _refuse_sliding_window(self, length: int) -> None:
-        window = getattr(self.config.text_config, "sliding_window", None)
-        if window is not None and getattr(self.config.text_config, "use_sliding_window", True) and length > window:
+    def _pre_forward(
+        self,
+        input_ids: torch.Tensor,
+        media: Media,
+        positions: torch.Tensor,
+        mask: MixedMask,
+        cache: Cache | None,
+        states: list[torch.Tensor] | None,
+    ) -> torch.Tensor:
+        backend = self.config._attn_implementation
+        # Both backends are asked before anything is computed.
+        post = self.config.text_config._attn_implementation
+        self._post_mask(mask).for_backend(post, self.dtype, False) if post.startswith("flash") else None
+        x = self.embed(input_ids, media)
+        served, options = mask.for_backend(backend, x.dtype, x.requires_grad)
+        return self.connector(self.pre_decoder(x, positions, served, backend, cache, options, states))
+
+    def _post_mask(self, mask: MixedMask) -> MixedMask:
+        return mask.causal() if self.config.post_mask == "causal" else mask
+
+    def _post_forward(
+        self, x: torch.Tensor, positions: torch.Tensor, mask: MixedMask, cache: Cache | None, states: bool
+    ) -> Any:
+        backend = self.config.text_config._attn_implementation
+        served, options = self._post_mask(mask).for_backend(backend, x.dtype, x.requires_grad)
+        return self.language_model(
+            inputs_embeds=x,
+            attention_mask=served,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            output_hidden_states=states,
+            **options,
+        )
+
+    def _padding(self, attention_mask: torch.Tensor | None, input_ids: torch.Tensor, past: int) -> torch.Tensor | None:
+        """The padding mask where there is padding; None says that there is none."""
+        if attention_mask is None:
+            return None
+        wanted = (input_ids.shape[0], past + input_ids.shape[1])
+        if tuple(attention_mask.shape) == tuple(input_ids.shape) and past:  # of the new tokens alone
+            attention_mask = functional.pad(attention_mask, (past, 0), value=1)
+        if tuple(attention_mask.shape) != wanted:
+            raise ValueError(f"attention_mask has the shape {list(attention_mask.shape)}, expected {list(wanted)}")
+        return None if bool(attention_mask.all()) else attention_mask
+
+    def _check_length(self, length: int, past: int) -> None:
+        text, total = self.config.text_config, past + length
+        context = getattr(text, "max_position_embeddings", None)
+        if context is not None and total > context and length > 1:
+            raise ValueError(
+                f"the prompt has {total} tokens, more than the language model's context of {context}; shorten it or "
+                "use fewer or smaller images"
+            )
+        window = getattr(text, "sliding_window", None)
+        if window is not None and getattr(text, "use_sliding_window", True) and total > window:
             raise ValueError(
                 f"the language model attends within a sliding window of {window} tokens, but the sequence has "
-                f"{length}; the mixed mask does not model the window"
+                f"{total}; the mixed mask does not model the window"
             )
 
 
-def add_pre_decoder_layers(cache: Cache, config: HaploConfig) -> None:
-    """Makes room in a cache for the pre-decoder, behind the language model's layers.
-
-    Raises:
-        ValueError: a cache that does not grow; its masks have another length than the mixed mask.
-    """
-    if not isinstance(cache, DynamicCache):
-        raise ValueError(f"HaploVL generates with a DynamicCache, not with a {type(cache).__name__}")
-    wanted = config.text_config.num_hidden_layers + config.pre_config.num_hidden_layers
-    while len(cache.layers) < wanted:
-        cache.layers.append(DynamicLayer())
+def _static_size(cache: Cache | None) -> int:
+    """Key slots of a cache that does not grow; 0 for one that does."""
+    size = 0 if cache is None else cache.get_max_length()
+    return max(int(size or 0), 0)
 
 
-class HaploForConditionalGeneration(HaploPreTrainedModel, GenerationMixin):
+class HaploForConditionalGeneration(HaploPreTrainedModel, HaploGenerationMixin):
     """HaploVL with the language model's head: next-token logits, loss and generation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -220,57 +303,36 @@ class HaploForConditionalGeneration(HaploPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | Sequence | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_frames: torch.Tensor | Sequence[int] | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        **kwargs: object,
+        output_hidden_states: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool = True,
     ) -> HaploCausalLMOutput:
         """Next-token logits and, with labels, the mean cross-entropy of supervised tokens.
 
         Shapes as in HaploModel.forward; labels [B, L] hold −100 where nothing is supervised and are shifted here,
-        once. `logits_to_keep` limits the logits to the last positions (0: all).
+        once. `logits_to_keep` limits the logits to the last positions (0: all) or to the given ones.
         """
         out = self.model(
-            input_ids, pixel_values, attention_mask, position_ids, document_ids, past_key_values, bool(use_cache)
-        )
+            input_ids, pixel_values, image_grids, pixel_values_videos, video_frames, attention_mask, position_ids,
+            document_ids, past_key_values, bool(use_cache), output_hidden_states,
+        )  # fmt: skip
         hidden = out.last_hidden_state
-        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        if isinstance(logits_to_keep, torch.Tensor):
+            logits = self.lm_head(hidden[:, logits_to_keep])
+        else:
+            logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
             shifted = functional.pad(labels[:, 1:], (0, 1), value=-100)
             loss = functional.cross_entropy(logits.float().flatten(0, 1), shifted.flatten())
-        return HaploCausalLMOutput(loss, logits, out.past_key_values)
-
-    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, attention_mask=None, **kwargs):  # noqa: D102
-        # Positions depend on where images stand, so they come from the whole sequence, at every step.
-        kwargs["position_ids"] = self.model.position_ids(
-            input_ids, attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        )
-        first = kwargs.get("is_first_iteration", False)
-        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
-        # Pictures of the cached part are in the cache; without a cache they are needed at every step.
-        if first or kwargs.get("past_key_values") is None:
-            inputs["pixel_values"] = pixel_values
-        return inputs
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        # Beams repeat rows; the pictures of a row must be repeated together, not one by one.
-        pixels = kwargs.pop("pixel_values", None)
-        if pixels is not None and expand_size > 1:
-            is_image = input_ids == self.config.image_token_id
-            per_row = (is_image.sum(dim=1) // self.config.tokens_per_image).tolist()
-            pixels = torch.cat([part for rows in pixels.split(per_row) for part in [rows] * expand_size])
-        input_ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids=input_ids, **kwargs
-        )
-        return input_ids, kwargs if pixels is None else {**kwargs, "pixel_values": pixels}
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("past_key_values") is not None:
-            add_pre_decoder_layers(model_kwargs["past_key_values"], self.config)
-        return result
+        result = HaploCausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.pre_hidden_states)
+        return result if return_dict else result.to_tuple()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from haplovl.data.loader import IGNORE, Batch
 from haplovl.model import HaploForConditionalGeneration
+from haplovl.model.embedding import merge_tiles
 
 
 class Objective(Protocol):
@@ -39,7 +40,9 @@ class InstructionTuning(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Sum of the cross-entropy over supervised tokens; logits are computed for those positions only."""
-        out = self.model.model(batch.input_ids, batch.pixel_values, document_ids=batch.document_ids)
+        out = self.model.model(
+            batch.input_ids, batch.pixel_values, batch.image_grids, document_ids=batch.document_ids
+        )  # fmt: skip
         targets = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)
         chosen = targets != IGNORE
         logits = self.model.lm_head(out.last_hidden_state[chosen])
@@ -71,14 +74,13 @@ class Distillation(nn.Module):
         width = model.config.pre_config.hidden_size
         vision_config = getattr(vision_teacher.config, "vision_config", vision_teacher.config)
         self.vision_head = nn.Linear(width, vision_config.hidden_size)
-        self.text_head = nn.Linear(width, model.config.text_config.hidden_size)
+        # The connector may start from it, so it has a bias if and only if the connector has one.
+        self.text_head = nn.Linear(width, model.config.text_config.hidden_size, bias=model.config.connector_bias)
         self.temperature, self.vision_layer = temperature, vision_layer
         words = core.get_input_embeddings().weight
         words.requires_grad_(False)
         # In a tuple, so that torch registers neither the frozen modules nor the model as parts of this one.
         self._frozen = (core, vision_teacher.requires_grad_(False).eval(), words)
-        side = model.config.image_size // model.config.pre_config.patch_size
-        self._patches = self.image_embedding.patch_positions(side, side)
 
     def frozen_to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves what is frozen but used: the vision teacher and the language model's embedding matrix."""
@@ -89,8 +91,8 @@ class Distillation(nn.Module):
     def counts(self, batch: Batch) -> dict[str, int]:
         """Patches behind L_v, text tokens behind L_feat and L_ctp."""
         text = int(self._is_text(batch).sum())
-        images = 0 if batch.pixel_values is None else batch.pixel_values.shape[0]
-        return {"loss_vision": images * len(self._patches), "loss_feature": text, "loss_current_token": text}
+        patches = sum(grid.out_rows * grid.out_columns for grid in batch.image_grids)
+        return {"loss_vision": patches, "loss_feature": text, "loss_current_token": text}
 
     def _is_text(self, batch: Batch) -> torch.Tensor:
         image_id = self._frozen[0].config.image_token_id
@@ -99,7 +101,7 @@ class Distillation(nn.Module):
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Sums of the three losses over the batch's patches and text tokens."""
         core, teacher, words = self._frozen
-        hidden = core.pre_decode(batch.input_ids, batch.pixel_values, batch.document_ids)
+        hidden = core.pre_decode(batch.input_ids, batch.pixel_values, batch.document_ids, batch.image_grids)
         chosen = self._is_text(batch)
         tokens = batch.input_ids[chosen]
         predicted, target = self.text_head(hidden[chosen]).float(), words[tokens].float()
@@ -120,9 +122,13 @@ class Distillation(nn.Module):
         with torch.no_grad():
             seen = teacher(batch.pixel_values, output_hidden_states=True, interpolate_pos_encoding=True)
             states = seen.hidden_states[self.vision_layer]
-        patches = len(self._patches)
-        target = states[:, -patches:].float()  # the class token, where there is one, comes first
-        image_tokens = hidden[batch.input_ids == config.image_token_id]
-        own = image_tokens.view(-1, config.tokens_per_image, hidden.shape[-1])[:, self._patches.to(hidden.device)]
+        size = config.pre_config.patch_size
+        rows, columns = (side // size for side in batch.pixel_values.shape[-2:])
+        # The class token, where the teacher has one, comes first. Tiles are put together as the model does it.
+        tiles = states[:, -rows * columns :].float().unflatten(1, (rows, columns))
+        parts = zip(tiles.split([grid.tiles for grid in batch.image_grids]), batch.image_grids, strict=True)
+        target = torch.cat([merge_tiles(part, grid).flatten(0, 1) for part, grid in parts])
+        is_patch = self.image_embedding.is_patch(batch.image_grids).to(hidden.device)
+        own = hidden[batch.input_ids == config.image_token_id][is_patch]
         similarity = functional.cosine_similarity(self.vision_head(own).float(), target, dim=-1)
         return (1 - similarity).sum()

@@ -97,6 +97,7 @@ def _build(name: str, params: Params) -> Stage:
                 params.model,
                 processor.image_token_id,
                 len(processor.tokenizer),
+                processor.video_token_id,
             )
         except ValueError as error:
             raise UserError(f"the model cannot be built from its teachers: {error}") from None
@@ -117,7 +118,9 @@ def _build(name: str, params: Params) -> Stage:
 def _code_hash() -> str:
     """Hash of the code that decides a training result, so that no run continues a state of other code."""
     package = Path(__file__).parent.parent
-    files = sorted([*package.glob("model/*.py"), *package.glob("train/*.py"), *package.glob("data/*.py")])
+    files = sorted(
+        [package / "pictures.py", *package.glob("model/*.py"), *package.glob("train/*.py"), *package.glob("data/*.py")]
+    )
     return fingerprint([[str(f.relative_to(package)), sha256_of(f)] for f in files])
 
 

@@ -82,7 +82,7 @@ def test_labels_are_the_answers_and_images_fill_their_blocks(project, processor)
         assert learnt == [label for label in sample.labels if label != IGNORE]
         answer = "yes" * (index % 2 + 1)
         assert processor.tokenizer.decode(learnt) == f" top left<|end|> {answer}<|end|>"
-        assert sample.input_ids.count(processor.image_token_id) == index * processor.tokens_per_image
+        assert sample.input_ids.count(processor.image_token_id) == index * processor.image_tokens(32, 32)
         assert (0 if sample.pixel_values is None else len(sample.pixel_values)) == index
 
 
@@ -91,7 +91,7 @@ def test_a_batch_holds_whole_documents_and_their_pictures_in_order(project, proc
     records = PreparedRecords("train", processor)
     batch = PackedLoader(records, BATCH, StageMixture(), seed=1, micro_batch_rows=4).step(0)[0]
     image_tokens = int((batch.input_ids == processor.image_token_id).sum())
-    assert image_tokens == len(batch.pixel_values) * processor.tokens_per_image
+    assert image_tokens == len(batch.pixel_values) * processor.image_tokens(32, 32)
     names = iter(batch.record_ids)
     by_id = {records[i].id: records[i] for i in range(len(records))}
     pixels = []

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from haplovl.data.decode import ImageError, decode_bytes, open_image, resolve_inside
+from haplovl.pictures import ImageError, decode_bytes, open_image, resolve_inside
 from haplovl.data.suite import CHECKS
 from haplovl.data.validate import split_of
 from haplovl.data.validated import ImageFile, ValidatedRecord, read_validated, write_validated
@@ -283,7 +283,7 @@ def test_the_header_decides_before_any_pixel_is_allocated(tmp_path: Path) -> Non
     """A child with 1 GB of address space to spare refuses an image that would take 7.5 GB; so does a lowered limit."""
     (tmp_path / "huge.png").write_bytes(png_header(50_000, 50_000))
     code = (
-        "import resource; from haplovl.data.decode import *\n"
+        "import resource; from haplovl.pictures import *\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)\n"
         "try: open_image(Path('huge.png'))\n"

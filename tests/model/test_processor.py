@@ -21,7 +21,7 @@ def test_auto_classes_load_our_classes(loaded):
     model, processor = loaded
     assert isinstance(model, HaploForConditionalGeneration)
     assert isinstance(processor, HaploProcessor)
-    assert processor.tokens_per_image == model.config.tokens_per_image == 21
+    assert processor.image_tokens(32, 32) == processor.image_tokens(7, 300) == model.config.tokens_per_image == 21
 
 
 def test_saved_and_loaded_answers_are_the_same(loaded, model):
@@ -53,7 +53,7 @@ def test_a_batch_of_different_lengths_answers_like_each_alone(loaded):
 @pytest.mark.parametrize("size", [(32, 32), (1, 7), (100, 3)])
 def test_pictures_of_every_kind_become_one_tile(processor, mode, size):
     pixels = processor.image_processor([picture(size=size, mode=mode)], return_tensors="pt")["pixel_values"]
-    assert pixels.shape == (1, 3, 32, 32)
+    assert pixels.shape == (1, 1, 3, 32, 32)
     assert torch.isfinite(pixels).all()
 
 
@@ -62,7 +62,7 @@ def test_a_picture_of_the_tiles_size_is_only_normalised(processor):
     expected = (1 - torch.tensor(processor.image_processor.image_mean)) / torch.tensor(
         processor.image_processor.image_std
     )
-    torch.testing.assert_close(pixels, expected[None, :, None, None].expand_as(pixels))
+    torch.testing.assert_close(pixels, expected[:, None, None].expand_as(pixels))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_picture_of_the_tiles_size_is_only_normalised(processor):
         ("no picture", [picture()], "hold 0 .* but 1 images"),
         (["<image>", "<image>"], [[picture(), picture()], []], r"\[1, 1\].*\[2, 0\]"),
         (None, [picture()], "text is missing"),
-        ("<image>", ["not a picture"], "expected a PIL image"),
+        ("<image>", [42], "expected a PIL image"),
     ],
 )
 def test_wrong_inputs_are_refused(processor, text, images, words):

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from haplovl.data.loader import IGNORE, Batch
+from haplovl.model.layout import single_tile
 from haplovl.train.objectives import Distillation, InstructionTuning
 
 
@@ -22,7 +23,7 @@ def batch(model):
     documents[1, :4], documents[1, 4:9] = 0, 1
     labels[1, 2:4], labels[1, 6:9] = ids[1, 2:4], ids[1, 6:9]
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return Batch(ids, labels, documents, pixels, ["a", "b", "c"])
+    return Batch(ids, labels, documents, pixels, [single_tile(4, 4)] * len(pixels), ["a", "b", "c"])
 
 
 def test_stage2_is_the_next_token_loss_on_answers_only(model, batch):
@@ -111,7 +112,7 @@ def test_teachers_and_language_model_are_no_part_of_stage1(distillation, batch):
 def test_every_parameter_takes_part_without_a_picture(distillation, batch):
     image = distillation._frozen[0].config.image_token_id
     batch.input_ids[batch.input_ids == image] = 9
-    batch.pixel_values = None
+    batch.pixel_values, batch.image_grids = None, []
     parts = distillation(batch)
     assert distillation.counts(batch)["loss_vision"] == 0 == parts["loss_vision"].item()
     sum(parts.values()).backward()

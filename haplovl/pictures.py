@@ -1,11 +1,11 @@
-"""Safe opening of image files: the one way in which pictures of unknown origin are read."""
+"""Pictures of unknown origin: safe opening of image files, and every kind of pixel as 8-bit RGB."""
 
 import io
 import os
 import re
 import warnings
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -56,15 +56,70 @@ def decode_bytes(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if not data:
         raise ImageError("the file has 0 bytes")
     with _read_header(data, max_pixels) as image:
-        _check_size(image.size, max_pixels)
-        try:
-            image.load()
-            return _to_rgb(_upright(image))
-        except (ImageError, MemoryError):
-            raise
-        # Pillow's decoders raise almost any type on damaged data: OSError, SyntaxError, struct.error, IndexError, …
-        except Exception as error:
-            raise ImageError(f"the image is truncated or damaged: {_one_line(error)}") from None
+        return to_rgb(image, max_pixels)
+
+
+def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS, keep_hidden: bool = False) -> Image.Image:
+    """A Pillow image, opened but perhaps not yet decoded, as 8-bit RGB: upright, first frame, alpha over white.
+
+    `keep_hidden` shows the colours below transparent pixels instead of white.
+
+    Raises:
+        ImageError: as `decode_bytes`.
+    """
+    _check_size(image.size, max_pixels)
+    try:
+        image.load()
+        rgb = _eight_bit_rgb(_upright(image), keep_hidden)
+        rgb.info.clear()  # an orientation left in it would turn the image once more where it is opened again
+        return rgb
+    except (ImageError, MemoryError):
+        raise
+    # Pillow's decoders raise almost any type on damaged data: OSError, SyntaxError, struct.error, IndexError, …
+    except Exception as error:
+        raise ImageError(f"the image is truncated or damaged: {_one_line(error)}") from None
+
+
+def as_picture(picture: Any, max_pixels: int = MAX_PIXELS, keep_hidden: bool = False) -> Image.Image:
+    """Whatever a caller means by a picture, as `to_rgb` gives it.
+
+    `picture` is a Pillow image, the path of a file, a file's bytes, or an array or tensor of 8-bit pixels
+    ([H, W], [H, W, 1 | 3 | 4] or [3, H, W]).
+
+    Raises:
+        ImageError: something else, or all that `open_image` refuses.
+    """
+    if isinstance(picture, (str, Path)):
+        picture = _open_named(Path(picture), max_pixels)
+    elif isinstance(picture, bytes):
+        picture = _read_header(picture, max_pixels)
+    elif not isinstance(picture, Image.Image):
+        picture = _from_array(picture)
+    return to_rgb(picture, max_pixels, keep_hidden)
+
+
+def _open_named(path: Path, max_pixels: int) -> Image.Image:
+    try:
+        return _read_header(read_image_file(path), max_pixels)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None
+
+
+def _from_array(values: Any) -> Image.Image:
+    if not hasattr(values, "__array__"):
+        raise ImageError(f"expected a PIL image, a file or an array of pixels, found {type(values).__name__}")
+    pixels = np.asarray(values)
+    if pixels.dtype != np.uint8:
+        raise ImageError(f"expected pixels of 8 bits (uint8), found an array of {pixels.dtype}")
+    if pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[2] not in (1, 3, 4):
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+        raise ImageError(f"expected pixels of shape [H, W] or [H, W, 3], found {list(pixels.shape)}")
+    if not pixels.size:
+        raise ImageError(f"the image has no pixels ({pixels.shape[1]}x{pixels.shape[0]})")
+    return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def read_image_file(path: Path) -> bytes:
@@ -145,14 +200,14 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.copy() if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _eight_bit_rgb(image: Image.Image, keep_hidden: bool) -> Image.Image:
     if image.mode == "F":
         raise ImageError("floating-point pixels have no defined range")
     # 16-bit gray: Pillow would clip it at 255 instead of scaling it.
     if image.mode.startswith("I"):
         gray = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
+    if image.has_transparency_data and not keep_hidden:
         image = image.convert("RGBA")
         page = Image.new("RGBA", image.size, (*BACKGROUND, 255))
         image = Image.alpha_composite(page, image)

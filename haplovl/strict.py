@@ -1,0 +1,90 @@
+"""YAML files as strict typed models: what does not fit is explained in one sentence."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from haplovl.errors import UserError
+
+
+class SettingsError(UserError):
+    """A settings file that cannot be used; the message is one sentence for the user."""
+
+
+class Strict(BaseModel):
+    """Base of all settings: unknown keys are refused and values are not coerced."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def load_strict(path: Path, kind: type[Strict]) -> Any:
+    """A YAML file as a settings model.
+
+    Raises:
+        SettingsError: the file is missing, no YAML, or does not fit; the message names the key and the nearest one.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"there is no {path} here; run the command in the project's root folder") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise SettingsError(f"{path} must be a mapping of settings, found {type(data).__name__}")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise SettingsError("; ".join(_explain(path, kind, item, data) for item in error.errors())) from None
+
+
+def _explain(path: Path, kind: type[Strict], error: Any, data: dict) -> str:
+    """One sentence for one pydantic error, with the nearest valid key where a key is unknown."""
+    location = [str(part) for part in error["loc"]]
+    if error["type"] == "extra_forbidden":
+        # The parent's location leads to the settings class whose fields are the valid keys.
+        names = _valid_keys(kind, location[:-1])
+        near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.0)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        return f"{path}: unknown key '{'.'.join(_without_tags(location, data))}'{hint}"
+    name = ".".join(_without_tags(location, data))
+    if error["type"] == "missing":
+        return f"{path}: '{name}' is missing"
+    given = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
+    return f"{path}: '{name}': {error['msg'][0].lower()}{error['msg'][1:]}{given}"
+
+
+def _without_tags(location: list[str], data: Any) -> list[str]:
+    """Drops the discriminator tags that pydantic puts into the location of a union member."""
+    kept = []
+    for i, part in enumerate(location):
+        last = i == len(location) - 1
+        if isinstance(data, dict) and part not in data and data.get("kind") == part and not last:
+            continue
+        kept.append(part)
+        data = data.get(part) if isinstance(data, dict) else None
+    return kept
+
+
+def _valid_keys(kind: Any, location: list[str]) -> list[str]:
+    """The keys that the settings class at `location` below `kind` accepts."""
+    for i, part in enumerate(location):
+        fields = {field.alias or name: field for name, field in kind.model_fields.items()}
+        if part not in fields:
+            return list(fields)
+        annotation = fields[part].annotation
+        members = [m for m in getattr(annotation, "__args__", (annotation,)) if hasattr(m, "model_fields")]
+        if len(members) > 1:
+            tag = location[i + 1] if i + 1 < len(location) else None
+            tagged = [m for m in members if tag in getattr(m.model_fields["kind"].annotation, "__args__", ())]
+            members = tagged or members
+            if tagged:
+                return _valid_keys(members[0], location[i + 2 :])
+        if not members:
+            return []
+        kind = members[0]
+    return [field.alias or name for name, field in kind.model_fields.items()]
