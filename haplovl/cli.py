@@ -111,6 +111,36 @@ def ask(
 
 
 @app.command()
+def import_released(
+    source: Annotated[Path, typer.Argument(help="A checkpoint folder in the layout of the authors' release.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+) -> None:
+    """Turn a released HaploVL checkpoint into one of ours."""
+    from haplovl.errors import UserError
+    from haplovl.model.import_released import import_released
+
+    try:
+        print(import_released(source, target))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+@app.command()
+def export_released(
+    source: Annotated[Path, typer.Argument(help="A model folder of ours.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+) -> None:
+    """Write a model of ours in the layout of the authors' release; what that cannot hold is refused by name."""
+    from haplovl.errors import UserError
+    from haplovl.model.export_released import export_released
+
+    try:
+        print(export_released(source, target))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+@app.command()
 def preset(name: Annotated[str | None, typer.Argument(help="A file of params/, without .yaml.")] = None) -> None:
     """List the presets of params/, or make one the params.yaml of this project."""
     from haplovl.presets import list_presets, use_preset

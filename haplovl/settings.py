@@ -150,10 +150,24 @@ class ModelSettings(Strict):
     """Mask of the language model: tokens of one image see each other both ways, or causal throughout."""
     max_tiles: PositiveInt = 1
     """Most tiles of `image_size` pixels that show one picture; 1 gives every picture one tile, padded to a square."""
-    plain_connector: bool = False
-    """Join the decoders by one matrix, with no norm before it and no bias: what released checkpoints hold."""
+    released_layout: bool = False
+    """Build what a checkpoint of the authors' layout can hold (docs/model.md), so that export-released can write it."""
     connector: Literal["text_head", "random"] = "text_head"
     """Start of the connector: stage 1's text head, or random."""
+
+    @model_validator(mode="after")
+    def _fit_the_released_layout(self) -> "ModelSettings":
+        needed = {
+            "class_token": False,
+            "image_newline": True,
+            "pre_rotary_increment": 1.0,
+            "post_rotary_increment": 1.0,
+            "post_mask": "mixed",
+        }
+        wrong = [f"{name}: {value}" for name, value in needed.items() if getattr(self, name) != value]
+        if self.released_layout and wrong:
+            raise ValueError(f"released_layout needs {', '.join(wrong)}")
+        return self
 
 
 # --- prepare -------------------------------------------------------------------------------------------------------

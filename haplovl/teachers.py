@@ -25,6 +25,7 @@ from haplovl.errors import UserError
 from haplovl.files import TEACHERS, VALIDATED, require, sha256_of_folder, whole_folder, write_json
 from haplovl.model import HaploImageProcessor, HaploProcessor
 from haplovl.model.inherit import vision_part
+from haplovl.model.layout import tile_shapes
 from haplovl.model.processing import IMAGE_TOKEN, VIDEO_TOKEN
 from haplovl.settings import FolderTeacher, HubTeacher, Params
 
@@ -77,15 +78,18 @@ def make_processor(folder: Path, tokenizer: PreTrainedTokenizerBase, params: Par
     """The processor of the model that will inherit from the teachers in `folder`."""
     vision = vision_part(AutoConfig.from_pretrained(folder / "vision"))
     is_siglip = vision.model_type == "siglip_vision_model"
-    normalise = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3} if is_siglip else {}
+    normalise: dict[str, Any] = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3} if is_siglip else {}
+    size, released = params.model.image_size, params.model.released_layout
+    if released:
+        points = [(rows * size, columns * size) for rows, columns in tile_shapes(params.model.max_tiles)]
+        normalise |= {"tiling": "released", "image_grid_pinpoints": points}
     return HaploProcessor(
-        image_processor=HaploImageProcessor(
-            params.model.image_size, vision.patch_size, params.model.max_tiles, **normalise
-        ),
+        image_processor=HaploImageProcessor(size, vision.patch_size, params.model.max_tiles, **normalise),
         tokenizer=tokenizer,
         chat_template=TEMPLATES[params.prepare.chat_template].jinja(),
         class_token=params.model.class_token,
         image_newline=params.model.image_newline,
+        frame_newlines=not released,
     )
 
 

@@ -1,10 +1,12 @@
 """The mixed mask and the rotary positions: what makes one sequence of text and images mean the same everywhere."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 
 FLASH_BACKENDS = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -46,7 +48,7 @@ class MixedMask:
 
     Shapes: blocks [B, L] (see `number_blocks`; None without images), attention_mask [B, past + L] with 0 for padding
     (None without padding), document_ids [B, L] (None unless packed; no cache). `keys` is past + L, or the size of a
-    static cache. Every query sees itself, padding too, so that no softmax row is empty.
+    static cache. A query that is padding itself sees nothing; eager and sdpa then weigh all keys alike.
 
     Raises:
         ValueError: packed documents together with a cache.
@@ -87,7 +89,13 @@ class MixedMask:
             allowed = allowed & (self.document_ids[:, :, None] == self.document_ids[:, None, :])
         if self.attention_mask is not None:
             allowed = allowed & self.attention_mask[:, None, :]
-        return (allowed | (key == query)[None])[:, None]
+        return allowed[:, None]
+
+    def additive(self, dtype: torch.dtype) -> torch.Tensor:
+        """The mask as values added to the scores: 0 where attention is allowed, else the lowest number."""
+        allowed = self.dense()
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=self.device)
+        return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
 
     def block_sparse(self) -> Any:
         """The mask as FlexAttention's BlockMask."""
@@ -102,7 +110,7 @@ class MixedMask:
                 seen = seen & (documents[b, q] == documents[b, k])
             if real is not None:
                 seen = seen & real[b, k]
-            return seen | (k == q + past)
+            return seen | (k == q + past)  # padding too sees something, as an empty row is undefined
 
         return create_block_mask(allowed, self.batch, None, self.length, self.keys, device=self.device)
 
@@ -125,11 +133,12 @@ class MixedMask:
             ValueError: a backend that cannot serve this mask exactly; nothing is ever silently causal or full.
         """
         if backend == "sdpa":
-            return None if self.plain else self.dense(), {}
+            if self.plain:
+                return None, {}
+            # An empty row of a boolean mask, as padding has, is undefined there.
+            return self.dense() if self.attention_mask is None else self.additive(dtype), {}
         if backend == "eager":
-            allowed = self.dense()
-            mask = torch.zeros(allowed.shape, dtype=dtype, device=self.device)
-            return mask.masked_fill_(~allowed, torch.finfo(dtype).min), {}
+            return self.additive(dtype), {}
         if backend == "flex_attention":
             if needs_grad and self.device.type == "cpu":
                 raise ValueError(
@@ -164,6 +173,12 @@ class MixedMask:
         }  # fmt: skip
 
 
+def exact_kernels(mask: MixedMask, needs_grad: bool) -> Any:
+    """A context in which rows of padding have an exact gradient too: that of sdpa's fused kernels is undefined."""
+    needed = needs_grad and mask.attention_mask is not None
+    return sdpa_kernel(SDPBackend.MATH) if needed else nullcontext()
+
+
 def rotary_positions(
     blocks: torch.Tensor,
     increment: float,
@@ -173,8 +188,8 @@ def rotary_positions(
     """Rotary position of every token: text advances by 1, tokens inside an image by `increment` (V2PE).
 
     Shapes: blocks [B, L], attention_mask [B, L], document_ids [B, L] → [B, L], integers when `increment` is 0 or 1.
-    Positions start at 0 in every row and in every document; padding does not advance them. The first token of an
-    image and the text after an image advance by 1.
+    Positions start at 0 in every row and in every document, and count down to the left of the first real token where
+    a row is padded. The first token of an image and the text after an image advance by 1.
     """
     previous = torch.cat([torch.full_like(blocks[:, :1], -2), blocks[:, :-1]], dim=1)
     inside = (blocks >= 0) & (blocks == previous)
@@ -189,4 +204,8 @@ def rotary_positions(
         starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         # Positions never fall inside a row, so the latest document start is the running maximum of the starts.
         position = position - torch.where(starts, position, 0).cummax(dim=1).values
-    return position.clamp(min=0)
+    if attention_mask is not None:
+        padding = (attention_mask != 0).long().cumsum(dim=1) == 0
+        left = torch.arange(blocks.shape[1], device=blocks.device) - padding.sum(dim=1, keepdim=True)
+        position = torch.where(padding, left.to(dtype), position)
+    return position

@@ -55,7 +55,7 @@ def build_config(
         num_attention_heads=vision.num_attention_heads,
         hidden_act=vision.hidden_act,
         norm_eps=vision.layer_norm_eps,
-        final_norm=not settings.plain_connector,
+        final_norm=not settings.released_layout,
         rotary_increment=settings.pre_rotary_increment,
         patch_size=vision.patch_size,
         num_channels=vision.num_channels,
@@ -75,7 +75,8 @@ def build_config(
         image_size=settings.image_size,
         post_rotary_increment=settings.post_rotary_increment,
         post_mask=settings.post_mask,
-        connector_bias=not settings.plain_connector,
+        connector_bias=not settings.released_layout,
+        frame_newlines=not settings.released_layout,
     )
     _ = config.tokens_per_image  # refuses an image size that is no multiple of the patch size
     return config

@@ -11,7 +11,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
-from haplovl.model.attention import MixedMask, rotary_positions
+from haplovl.model.attention import MixedMask, exact_kernels, rotary_positions
 from haplovl.model.cache import fit_cache, next_positions, remember_positions
 from haplovl.model.configuration import HaploConfig
 from haplovl.model.decoder import HaploPreDecoder
@@ -86,7 +86,7 @@ class HaploModel(HaploPreTrainedModel):
         if config.text_projection:
             self.text_projection = nn.Linear(text.hidden_size, pre.hidden_size)
         else:
-            self.text_embedding = nn.Embedding(text.vocab_size, pre.hidden_size)
+            self.text_embedding = nn.Embedding(text.vocab_size, pre.hidden_size, padding_idx=text.pad_token_id)
         self.pre_decoder = HaploPreDecoder(pre, first_cache_index=text.num_hidden_layers)
         self.connector = nn.Linear(pre.hidden_size, text.hidden_size, bias=config.connector_bias)
         self.post_init()
@@ -229,7 +229,8 @@ class HaploModel(HaploPreTrainedModel):
         self._post_mask(mask).for_backend(post, self.dtype, False) if post.startswith("flash") else None
         x = self.embed(input_ids, media)
         served, options = mask.for_backend(backend, x.dtype, x.requires_grad)
-        return self.connector(self.pre_decoder(x, positions, served, backend, cache, options, states))
+        with exact_kernels(mask, x.requires_grad):
+            return self.connector(self.pre_decoder(x, positions, served, backend, cache, options, states))
 
     def _post_mask(self, mask: MixedMask) -> MixedMask:
         return mask.causal() if self.config.post_mask == "causal" else mask
@@ -239,15 +240,16 @@ class HaploModel(HaploPreTrainedModel):
     ) -> Any:
         backend = self.config.text_config._attn_implementation
         served, options = self._post_mask(mask).for_backend(backend, x.dtype, x.requires_grad)
-        return self.language_model(
-            inputs_embeds=x,
-            attention_mask=served,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            output_hidden_states=states,
-            **options,
-        )
+        with exact_kernels(mask, x.requires_grad):
+            return self.language_model(
+                inputs_embeds=x,
+                attention_mask=served,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                output_hidden_states=states,
+                **options,
+            )
 
     def _padding(self, attention_mask: torch.Tensor | None, input_ids: torch.Tensor, past: int) -> torch.Tensor | None:
         """The padding mask where there is padding; None says that there is none."""
