@@ -63,8 +63,7 @@ def train(
 ) -> None:
     """Train one stage; a killed run continues from its last checkpoint."""
     # The teachers are whole by now: transformers' notes on loading (a CLIP's unused text tower) tell nothing new.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _only_errors_of_transformers()
     from haplovl.settings import load_compute, load_params
     from haplovl.train.trainer import train_stage
 
@@ -98,16 +97,46 @@ def publish() -> None:
     publish(load_params())
 
 
+Model = Annotated[Path, typer.Option(help="A trained model's folder.")]
+Images = Annotated[list[Path] | None, typer.Option(help="An image file; repeat it for several.")]
+Videos = Annotated[list[Path] | None, typer.Option(help="A video file; repeat it for several.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+
+
 @app.command()
 def ask(
-    question: Annotated[str, typer.Argument(help="The question, in quotes.")],
-    image: Annotated[list[Path] | None, typer.Option(help="An image file; repeat it for several.")] = None,
-    model: Annotated[Path, typer.Option(help="A trained model's folder.")] = Path("models/stage2"),
+    question: Annotated[str, typer.Argument(help="The question, in quotes; - reads it from standard input.")],
+    image: Images = None,
+    video: Videos = None,
+    model: Model = Path("models/stage2"),
+    max_new_tokens: MaxNewTokens = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")] = False,
 ) -> None:
-    """Ask a trained model one question about a picture."""
-    from haplovl.evaluate.answer import ask
+    """Ask a trained model one question about pictures and videos."""
+    _only_errors_of_transformers()
+    from haplovl.terminal import ask
 
-    print(ask(model, question, image or []))
+    ask(model, question, image or [], video or [], max_new_tokens, as_json)
+
+
+@app.command()
+def chat(
+    image: Images = None,
+    video: Videos = None,
+    model: Model = Path("models/stage2"),
+    system: Annotated[str, typer.Option(help="A system text, ahead of the conversation.")] = "",
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
+    max_new_tokens: MaxNewTokens = 256,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Makes answers at a temperature repeatable.")
+    ] = None,
+) -> None:
+    """Talk with a trained model about pictures and videos; from a pipe, one message or command per line."""
+    _only_errors_of_transformers()
+    from haplovl.terminal import talk
+
+    if not talk(model, image or [], video or [], system, temperature, max_new_tokens, seed):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -146,6 +175,12 @@ def preset(name: Annotated[str | None, typer.Argument(help="A file of params/, w
     from haplovl.presets import list_presets, use_preset
 
     print("\n".join(list_presets()) if name is None else use_preset(name))
+
+
+def _only_errors_of_transformers() -> None:
+    """Must run before transformers is imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels: white, the page that most transparent graphics were drawn for."""
 
+_URL = re.compile(r"[a-z][a-z0-9+]+://|data:", re.IGNORECASE)
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -53,8 +54,6 @@ def decode_bytes(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ImageError: 0 bytes, not an image of a known format, more than `max_pixels` by its header (decided before any
             pixel is allocated), without pixels, truncated or damaged, or of a pixel type without a defined range.
     """
-    if not data:
-        raise ImageError("the file has 0 bytes")
     with _read_header(data, max_pixels) as image:
         return to_rgb(image, max_pixels)
 
@@ -83,40 +82,51 @@ def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS, keep_hidden: bool =
 def as_picture(picture: Any, max_pixels: int = MAX_PIXELS, keep_hidden: bool = False) -> Image.Image:
     """Whatever a caller means by a picture, as `to_rgb` gives it.
 
-    `picture` is a Pillow image, the path of a file, a file's bytes, or an array or tensor of 8-bit pixels
-    ([H, W], [H, W, 1 | 3 | 4] or [3, H, W]).
+    `picture` is a Pillow image, the path of a file, a file's bytes, or an array or tensor of 8-bit pixels: [H, W],
+    [H, W, 1 | 3 | 4] or [1 | 3 | 4, H, W]. Where both could be meant, arrays have their channels last, tensors first.
 
     Raises:
         ImageError: something else, or all that `open_image` refuses.
     """
     if isinstance(picture, (str, Path)):
-        picture = _open_named(Path(picture), max_pixels)
-    elif isinstance(picture, bytes):
-        picture = _read_header(picture, max_pixels)
+        try:
+            return as_picture(read_image_file(local_path(picture)), max_pixels, keep_hidden)
+        except ImageError as error:
+            raise ImageError(f"{str(picture):.200}: {error}") from None
+    if isinstance(picture, (bytes, bytearray)):
+        picture = _read_header(bytes(picture), max_pixels)
     elif not isinstance(picture, Image.Image):
         picture = _from_array(picture)
     return to_rgb(picture, max_pixels, keep_hidden)
 
 
-def _open_named(path: Path, max_pixels: int) -> Image.Image:
-    try:
-        return _read_header(read_image_file(path), max_pixels)
-    except ImageError as error:
-        raise ImageError(f"{path}: {error}") from None
+def local_path(name: str | Path) -> Path:
+    """The path of a file on this machine.
+
+    Raises:
+        ImageError: a URL, which nothing here ever opens.
+    """
+    if isinstance(name, str) and _URL.match(name):
+        raise ImageError("a URL is no local file; download it and give its path")
+    return Path(name)
 
 
 def _from_array(values: Any) -> Image.Image:
     if not hasattr(values, "__array__"):
         raise ImageError(f"expected a PIL image, a file or an array of pixels, found {type(values).__name__}")
-    pixels = np.asarray(values)
-    if pixels.dtype != np.uint8:
-        raise ImageError(f"expected pixels of 8 bits (uint8), found an array of {pixels.dtype}")
-    if pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[2] not in (1, 3, 4):
+    is_tensor = hasattr(values, "detach")
+    kind = str(getattr(values, "dtype", "unknown type")).removeprefix("torch.")
+    if kind != "uint8":
+        raise ImageError(f"expected pixels of 8 bits (uint8), found an array of {kind}")
+    pixels = np.asarray(values.detach().cpu() if is_tensor else values)
+    found, channels = list(pixels.shape), (1, 3, 4)
+    first, last = (pixels.ndim == 3 and pixels.shape[axis] in channels for axis in (0, 2))
+    if first and (is_tensor or not last):
         pixels = pixels.transpose(1, 2, 0)
+    elif pixels.ndim != 2 and not last:
+        raise ImageError(f"expected pixels of shape [H, W], [H, W, 3] or [3, H, W], found {found}")
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
-    if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
-        raise ImageError(f"expected pixels of shape [H, W] or [H, W, 3], found {list(pixels.shape)}")
     if not pixels.size:
         raise ImageError(f"the image has no pixels ({pixels.shape[1]}x{pixels.shape[0]})")
     return Image.fromarray(np.ascontiguousarray(pixels))
@@ -135,20 +145,20 @@ def read_image_file(path: Path) -> bytes:
         return file.read()
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path, what: str = "image") -> BinaryIO:
     """Opens a regular file for reading; a pipe or a device could keep the reader for ever.
 
     Raises:
-        ImageError: it is missing, no regular file, or cannot be opened.
+        ImageError: it is missing, no regular file, or cannot be opened; `what` names it in the message.
     """
     try:
         if not path.exists():
-            raise ImageError("the image is missing")
+            raise ImageError(f"the {what} is missing")
         if not path.is_file():
             raise ImageError("the path is not a file")
         return path.open("rb")
     except OSError as error:
-        raise ImageError(f"the image cannot be read: {error.strerror}") from None
+        raise ImageError(f"the {what} cannot be read: {error.strerror}") from None
 
 
 def resolve_inside(root: Path, relative: str) -> Path:
@@ -173,6 +183,8 @@ def resolve_inside(root: Path, relative: str) -> Path:
 
 
 def _read_header(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise ImageError("the file has 0 bytes")
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:

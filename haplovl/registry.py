@@ -73,6 +73,7 @@ def model_card(candidate: dict[str, Any]) -> str:
     front = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
+        **_origins(candidate),
         "tags": ["haplovl", "vision-language", "single-transformer"],
         "model-index": [
             {
@@ -95,6 +96,17 @@ def model_card(candidate: dict[str, Any]) -> str:
         _USE,
     ]
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _origins(candidate: dict[str, Any]) -> dict[str, Any]:
+    """The hub's fields for what the model is made of. Weights and data from elsewhere bring their own licences."""
+    params = candidate["params"]
+    teachers, source = params["teachers"].values(), params["collect"]["source"]
+    own = source["kind"] == "scenes" and all(teacher["kind"] == "train" for teacher in teachers)
+    licence = {"license": "apache-2.0"} if own else {"license": "other", "license_name": "as-its-teachers-and-data"}
+    base = [teacher["id"] for teacher in teachers if teacher["kind"] == "hub"]
+    named = ["scikit-learn-digits"] if source["kind"] == "scenes" else [Path(p).stem for p in source["annotations"]]
+    return {**licence, **({"base_model": base} if base else {}), "datasets": named}
 
 
 def _introduction(candidate: dict[str, Any]) -> str:
@@ -155,12 +167,16 @@ _USE = """## How to use
 ```
 
 ```python
-import haplovl.model  # registers the classes with transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor
+import haplovl.model  # registers the classes with transformers; trust_remote_code is not needed
+from transformers import pipeline
 
-model = AutoModelForImageTextToText.from_pretrained("models/stage2")
-processor = AutoProcessor.from_pretrained("models/stage2")
-```"""
+ask = pipeline("image-text-to-text", model="models/stage2")  # a folder, or the hub's name of an uploaded one
+content = [{"type": "image", "path": "picture.png"}, {"type": "text", "text": "What is in the picture?"}]
+print(ask(text=[{"role": "user", "content": content}], return_full_text=False)[0]["generated_text"])
+```
+
+`AutoModelForImageTextToText` and `AutoProcessor` load the same folder after the same import. On the hub this card is
+the `README.md` beside the files of `models/stage2`."""
 
 
 def _margin(scores: dict[str, Any]) -> float:

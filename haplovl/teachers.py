@@ -5,6 +5,7 @@ processor that the model will use in `models/teachers/processor` and their linea
 """
 
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,7 @@ def _take_vision(source: HubTeacher | FolderTeacher, target: Path) -> dict[str, 
     except ValueError as error:
         raise UserError(f"teachers.vision: {error}") from None
     cls = CLIPVisionModel if kind == "clip_vision_model" else SiglipVisionModel
-    # weights_only is transformers' only way of reading .bin files; saving converts them to safetensors, once.
-    _load(lambda: cls.from_pretrained(place, **options), place).save_pretrained(target)
+    _load_whole(cls, place, options).save_pretrained(target)
     return lineage
 
 
@@ -123,7 +123,7 @@ def _take_language(
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
     place, options, lineage = _place(source, "language")
     tokenizer = _load(lambda: AutoTokenizer.from_pretrained(place, **options), place)
-    model = _load(lambda: AutoModelForCausalLM.from_pretrained(place, dtype="auto", **options), place)
+    model = _load_whole(AutoModelForCausalLM, place, options | {"dtype": "auto"})
     tokenizer = prepare_tokenizer(tokenizer, params.prepare.chat_template)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -145,12 +145,32 @@ def _place(source: HubTeacher | FolderTeacher, role: str) -> tuple[str, dict[str
     return source.id, {"revision": source.revision}, {"kind": "hub", "id": source.id, "revision": source.revision}
 
 
+def _load_whole(cls: Any, place: str, options: dict[str, Any]) -> PreTrainedModel:
+    """A teacher with all its weights; transformers would draw those that a file lacks, and go on.
+
+    Files ending in .bin are read as tensors alone (torch's weights_only); saving converts them to safetensors, once.
+    """
+    model, info = _load(lambda: cls.from_pretrained(place, output_loading_info=True, **options), place)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        raise UserError(f"the teacher '{place}' is incomplete: {len(missing)} missing weights ({some})")
+    return model
+
+
 def _load(load: Callable[[], Any], place: str) -> Any:
     """Runs a transformers loader and turns what can go wrong outside this project into one sentence."""
     try:
         return load()
-    except (OSError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"the teacher '{place}' cannot be loaded: its weight file holds more than tensors, and could run code when "
+            "opened; ask for a safetensors file"
+        ) from None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
+        if "mismatched_sizes" in reason:
+            reason = "its weights have other shapes than its config.json says"
         raise UserError(f"the teacher '{place}' cannot be loaded: {reason[:300]}") from None
 
 

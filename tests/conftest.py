@@ -79,3 +79,20 @@ def tiny_model_dir(tmp_path_factory, vision, language, model_settings, processor
     inherit(vision, language, model_settings, *vocabulary(processor)).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory):
+    """A video file of twelve frames that grow brighter."""
+    import av
+    import numpy as np
+
+    path = tmp_path_factory.mktemp("video") / "brighter.mp4"
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(12):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 * i, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path

@@ -18,7 +18,6 @@ from haplovl.files import PREPARED
 from haplovl.model import HaploProcessor
 from haplovl.model.layout import ImageGrid
 from haplovl.model.media import read_grids
-from haplovl.pictures import decode_bytes
 from haplovl.settings import BatchSettings, CurriculumPhase, StageMixture
 
 IGNORE = -100
@@ -90,8 +89,7 @@ class PreparedRecords:
             labels[start:stop] = ids[start:stop]
         pixels, grids = None, []
         if data["images"]:
-            pictures = [decode_bytes(content) for content in data["images"]]
-            seen = self.processor.image_processor(pictures, return_tensors="pt")
+            seen = self.processor.image_processor(data["images"], return_tensors="pt")
             grids = read_grids(seen["image_grids"])
             tiles = zip(seen["pixel_values"], grids, strict=True)
             pixels = torch.cat([picture[: grid.tiles] for picture, grid in tiles])

@@ -13,10 +13,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.utils.logging import disable_progress_bar
 
 from haplovl.errors import UserError
-from haplovl.pictures import ImageError, open_image
+from haplovl.pictures import open_image
 
-ASK_TOKENS = 64
-"""Longest answer of `haplovl ask`, in tokens."""
 MIDDLE_GRAY = (0.5, 0.5, 0.5)
 
 
@@ -99,37 +97,19 @@ def load_model(folder: Path) -> tuple[Any, Any]:
     _require_haplovl(folder)
     disable_progress_bar()  # of the weights: they load in a moment, and an answer should stand alone
     from haplovl.model import HaploForConditionalGeneration, HaploProcessor
+    from haplovl.model.inherit import suppress_placeholders
 
     try:
         processor = HaploProcessor.from_pretrained(folder)
-        model, info = HaploForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        model = HaploForConditionalGeneration.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"the model in {folder} cannot be loaded: {_one_line(error)}") from None
-    # transformers fills what a file lacks with random numbers and goes on; nobody should score those.
-    if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"the model in {folder} is incomplete: {len(info['missing_keys'])} missing weights ({some})")
+        raise UserError(f"the model in {folder} cannot be loaded: {one_line(error)}") from None
+    if not model.generation_config.suppress_tokens:  # a folder from before the model's own configuration held them
+        suppress_placeholders(model)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
-def ask(model_dir: Path, question: str, images: list[Path]) -> str:
-    """The answer of a trained model to one question about pictures (or about none).
-
-    Raises:
-        UserError: the question is empty, the folder holds no HaploVL model, or a picture is missing or cannot be read.
-    """
-    if not question.strip():
-        raise UserError("the question is empty")
-    for path in images:
-        _require_picture(path)
-    model, processor = load_model(model_dir)
-    try:
-        return answer(model, processor, [question.strip()], [images], batch=1, max_new_tokens=ASK_TOKENS)[0]
-    except ValueError as error:
-        raise UserError(f"the model cannot take this question: {_one_line(error)}") from None
-
-
-class _Confidence(LogitsProcessor):
+class Confidence(LogitsProcessor):
     """Notes the log-probability of every greedy token; keeps one number per token instead of whole score tables."""
 
     def __init__(self) -> None:
@@ -150,13 +130,11 @@ def _answer_batch(
         for question, shown in zip(questions, pictures, strict=True)
     ]
     inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(model.device, model.dtype)
-    noted = _Confidence()
+    noted = Confidence()
     output_ids = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        # A model in training may prefer the image placeholder; as an answer it would be a picture that nobody gave.
-        suppress_tokens=[model.config.image_token_id],
         logits_processor=LogitsProcessorList([noted]),
     )
     new_ids = output_ids[:, inputs["input_ids"].shape[1] :]
@@ -193,12 +171,6 @@ def _require_haplovl(folder: Path) -> None:
         raise UserError(f"{folder} is not a HaploVL model: its config.json names the type {found!r}")
 
 
-def _require_picture(path: Path) -> None:
-    try:
-        open_image(path)
-    except ImageError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's message without its line breaks; the name of its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

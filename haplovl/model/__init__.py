@@ -1,6 +1,13 @@
 """HaploVL: configuration, model, processor, and their registration with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from haplovl.model.configuration import HaploConfig, HaploDecoderConfig, HaploPreDecoderConfig
 from haplovl.model.decoder import HaploDecoderModel
@@ -25,5 +32,6 @@ AutoConfig.register("haplovl_decoder", HaploDecoderConfig)
 AutoModel.register(HaploDecoderConfig, HaploDecoderModel)
 AutoModel.register(HaploConfig, HaploModel)
 AutoModelForImageTextToText.register(HaploConfig, HaploForConditionalGeneration)
+AutoModelForMultimodalLM.register(HaploConfig, HaploForConditionalGeneration)
 AutoProcessor.register(HaploConfig, HaploProcessor)
 AutoImageProcessor.register(HaploConfig, slow_image_processor_class=HaploImageProcessor)

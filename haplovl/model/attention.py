@@ -1,5 +1,6 @@
 """The mixed mask and the rotary positions: what makes one sequence of text and images mean the same everywhere."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -126,32 +127,21 @@ class MixedMask:
         fits = self.past == 0 or self.length == 1
         return no_exception and fits and self.keys == self.past + self.length
 
-    def for_backend(self, backend: str, dtype: torch.dtype, needs_grad: bool) -> tuple[Any, dict[str, Any]]:
-        """The mask as a backend takes it, and further arguments of its attention function.
+    def check(self, backend: str) -> None:
+        """Asks whether a backend can serve this mask exactly, before anything is computed.
 
         Raises:
-            ValueError: a backend that cannot serve this mask exactly; nothing is ever silently causal or full.
+            ValueError: it cannot; nothing is ever silently causal or full.
         """
-        if backend == "sdpa":
-            if self.plain:
-                return None, {}
-            # An empty row of a boolean mask, as padding has, is undefined there.
-            return self.dense() if self.attention_mask is None else self.additive(dtype), {}
-        if backend == "eager":
-            return self.additive(dtype), {}
-        if backend == "flex_attention":
-            if needs_grad and self.device.type == "cpu":
-                raise ValueError(
-                    "flex_attention has no backward on a CPU; train with attn_implementation='sdpa', or run under "
-                    "torch.inference_mode()"
-                )
-            return self.block_sparse(), {}
-        if backend in FLASH_BACKENDS:
-            return self._for_flash(backend)
-        raise ValueError(f"unknown attention backend '{backend}'; use one of {', '.join(BACKENDS)}")
-
-    def _for_flash(self, backend: str) -> tuple[Any, dict[str, Any]]:
-        """Padding mask and packing of flash-attn's causal kernels."""
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown attention backend '{backend}'; use one of {', '.join(BACKENDS)}")
+        if backend == "flex_attention" and self.device.type == "cpu" and torch.is_grad_enabled():
+            raise ValueError(
+                "flex_attention has no backward on a CPU; train with attn_implementation='sdpa', or run under "
+                "torch.inference_mode()"
+            )
+        if backend not in FLASH_BACKENDS:
+            return
         if self.blocks is not None and self.length > 1:
             raise ValueError(
                 f"'{backend}' is causal inside images, so it cannot serve the mixed mask; use sdpa or flex_attention "
@@ -160,23 +150,83 @@ class MixedMask:
         if self.keys != self.past + self.length:
             raise ValueError(f"'{backend}' cannot serve a static cache; use the dynamic one")
         if self.document_ids is None:
-            return self.attention_mask, {}
+            return
         if self.attention_mask is not None:
             raise ValueError(f"'{backend}' takes packed documents or padding, not both; give padding document_ids too")
-        change = torch.ones_like(self.document_ids, dtype=torch.bool)  # every row begins a document
-        change[:, 1:] = self.document_ids[:, 1:] != self.document_ids[:, :-1]
-        total = self.document_ids.numel()
-        starts = functional.pad(change.flatten().nonzero()[:, 0], (0, 1), value=total).int()
-        longest = int((starts[1:] - starts[:-1]).max())
-        return None, {
-            "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest
-        }  # fmt: skip
+        found = self.document_ids.sort(dim=1).values
+        if int(_document_starts(self.document_ids).sum()) != int(_document_starts(found).sum()):
+            raise ValueError(f"'{backend}' needs the tokens of a packed document side by side")
+
+    def for_backend(self, backend: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+        """The mask as a backend takes it, and further arguments of its attention function.
+
+        Raises:
+            ValueError: see `check`.
+        """
+        self.check(backend)
+        if backend == "eager":
+            return self.additive(dtype), {}
+        if backend == "flex_attention":
+            return self.block_sparse(), {}
+        if backend in FLASH_BACKENDS:
+            return self.attention_mask, self._flash_lengths()
+        if self.plain:
+            return None, {}
+        # An empty row of a boolean mask, as padding has, is undefined for sdpa.
+        return self.dense() if self.attention_mask is None else self.additive(dtype), {}
+
+    def _flash_lengths(self) -> dict[str, Any]:
+        """Where documents start and end, for flash-attn's causal kernels."""
+        if self.document_ids is not None:
+            starts = _document_starts(self.document_ids).flatten().nonzero()[:, 0]
+            starts = functional.pad(starts, (0, 1), value=self.document_ids.numel()).int()
+            longest = int(starts.diff().max())
+            ends, longests = (starts, starts), (longest, longest)
+        elif self.batch == 1 and self.length > 1 and self.attention_mask is None:
+            # Else transformers would read packed documents out of the positions of an image.
+            longests = (self.length, self.keys)
+            ends = tuple(torch.tensor([0, end], dtype=torch.int, device=self.device) for end in longests)
+        else:
+            return {}
+        names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+        return dict(zip(names, (*ends, *longests), strict=True))
 
 
-def exact_kernels(mask: MixedMask, needs_grad: bool) -> Any:
-    """A context in which rows of padding have an exact gradient too: that of sdpa's fused kernels is undefined."""
-    needed = needs_grad and mask.attention_mask is not None
+def exact_kernels(mask: MixedMask, backend: str) -> Any:
+    """A context in which a backend uses kernels that are right for this mask.
+
+    The gradient of sdpa's fused kernels is undefined in rows of padding. FlexAttention's CPU kernel runs unfused, as
+    torch 2.13 cannot compile it for a second shape (two of its C++ names clash).
+    """
+    if backend == "flex_attention" and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.compiler.set_stance("force_eager")
+    needed = backend == "sdpa" and mask.attention_mask is not None and torch.is_grad_enabled()
     return sdpa_kernel(SDPBackend.MATH) if needed else nullcontext()
+
+
+def keep_exact_kernels(checkpoint: Callable) -> Callable:
+    """Makes gradient checkpointing run a layer again in the `exact_kernels` of its first run."""
+    fused = (
+        torch.backends.cuda.flash_sdp_enabled,
+        torch.backends.cuda.mem_efficient_sdp_enabled,
+        torch.backends.cuda.cudnn_sdp_enabled,
+    )
+
+    def checkpoint_exactly(run: Callable, *args: Any, **kwargs: Any) -> Any:
+        def run_exactly(*inputs: Any) -> Any:
+            with sdpa_kernel(SDPBackend.MATH):
+                return run(*inputs)
+
+        return checkpoint(run if any(enabled() for enabled in fused) else run_exactly, *args, **kwargs)
+
+    return checkpoint_exactly
+
+
+def _document_starts(document_ids: torch.Tensor) -> torch.Tensor:
+    """True for the first token of every document; every row begins one. [B, L]."""
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return starts
 
 
 def rotary_positions(
@@ -200,8 +250,7 @@ def rotary_positions(
         step = step * attention_mask.to(dtype)
     position = step.cumsum(dim=1) - 1
     if document_ids is not None:
-        starts = torch.ones_like(document_ids, dtype=torch.bool)
-        starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        starts = _document_starts(document_ids)
         # Positions never fall inside a row, so the latest document start is the running maximum of the starts.
         position = position - torch.where(starts, position, 0).cummax(dim=1).values
     if attention_mask is not None:

@@ -1,50 +1,56 @@
-"""One transformers cache for both decoders, and the rotary positions at which it is continued."""
+"""One transformers cache for both decoders, and for the rotary positions at which it is continued."""
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from haplovl.model.configuration import HaploConfig
 
-_POSITIONS = "_haplovl_positions"
-
 
 def fit_cache(cache: Cache | None, config: HaploConfig) -> None:
-    """Makes room in a cache for the pre-decoder, behind the language model's layers.
+    """Makes room in a cache behind the language model's layers: for the pre-decoder, and last for rotary positions.
 
     Raises:
         ValueError: a kind of cache that cannot hold the pre-decoder's keys and values.
     """
     if cache is None:
         return
-    text, pre = config.text_config.num_hidden_layers, config.pre_config.num_hidden_layers
-    if len(cache.layers) == text + pre:
-        return
-    if type(cache) is DynamicCache and not cache.offloading:
-        cache.layers += [DynamicLayer() for _ in range(text + pre - len(cache.layers))]
-    elif type(cache) is StaticCache and not cache.offloading:
-        cache.layers += [StaticLayer(max_cache_len=cache.get_max_length()) for _ in range(pre)]
-    else:
-        kind = "offloaded cache" if cache.offloading else type(cache).__name__
-        raise ValueError(f"HaploVL generates with a DynamicCache or a StaticCache, not with an {kind}")
+    layers = config.text_config.num_hidden_layers + config.pre_config.num_hidden_layers + 1
+    growing, offloading = type(cache) is DynamicCache, getattr(cache, "offloading", False)
+    if offloading or not (growing or type(cache) is StaticCache):
+        kind = f"offloaded {type(cache).__name__}" if offloading else type(cache).__name__
+        raise ValueError(f"HaploVL generates with a DynamicCache or a StaticCache that is not offloaded, not {kind}")
+    for _ in range(layers - len(cache.layers)):
+        cache.layers.append(DynamicLayer() if growing else StaticLayer(max_cache_len=cache.get_max_length()))
 
 
-def remember_positions(cache: Cache, length: int, following: torch.Tensor) -> None:
-    """Notes at which rotary positions a cache of `length` tokens goes on: following [2, B]."""
-    setattr(cache, _POSITIONS, (length, following))
+def remember_positions(cache: Cache, positions: torch.Tensor) -> None:
+    """Keeps the rotary positions of new tokens, [2, B, L], where cropping and reordering of the cache reach them."""
+    kept = positions.float().transpose(0, 1)[..., None]  # as keys of two heads of one number
+    cache.update(kept, kept, len(cache.layers) - 1)
 
 
-def next_positions(cache: Cache, length: int) -> torch.Tensor:
+@torch.compiler.disable  # bookkeeping; and inductor fails on the slice of a static cache (torch 2.13)
+def next_positions(
+    cache: Cache, length: int, like: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """The rotary positions of the token after the cached ones, for pre- and post-decoder: [2, B].
 
-    They cannot be told from the number of tokens, as those of an image may share one position.
+    They cannot be told from the number of tokens, as those of an image may share one position. Padding that
+    attention_mask [B, length or more] marks does not count, as it stands where a row of an earlier turn ended early.
+    `like` [2, B, L] are the positions that are to go on from there.
 
     Raises:
-        ValueError: the cache was cut or filled elsewhere since.
+        ValueError: something else than this model filled the cache, or it holds other rows.
     """
-    known, following = getattr(cache, _POSITIONS, (None, None))
+    known = int(cache.layers[-1].get_seq_length())
     if known != length:
         raise ValueError(
-            f"position_ids are needed to continue a cache of {length} tokens that this model did not leave like that; "
-            "pass position_ids, or the whole sequence without the cache"
+            f"the cache holds {length} tokens, but the positions of {known}: HaploVL can only continue what it filled "
+            "itself; pass the whole sequence without the cache"
         )
-    return following
+    kept = cache.layers[-1].keys[:, :, :length, 0].transpose(0, 1)
+    if kept.shape[1] != like.shape[1]:
+        raise ValueError(f"the cache holds {kept.shape[1]} rows, but {like.shape[1]} are to continue it")
+    if attention_mask is not None:
+        kept = kept.masked_fill(attention_mask[:, :length] == 0, -1)
+    return kept.amax(-1).to(like.device, like.dtype) + 1

@@ -143,6 +143,18 @@ class HaploConfig(PretrainedConfig):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "HaploConfig":
+        """As PretrainedConfig.from_dict, but only of this type: transformers would fill another one up with defaults.
+
+        Raises:
+            ValueError: the configuration of another model.
+        """
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(f"the configuration is that of a '{found}', not of a '{cls.model_type}'")
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def tokens_per_image(self) -> int:
         """Sequence positions of a picture in a single square tile: patches, row newlines and the class token."""

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from haplovl.model.configuration import HaploPreDecoderConfig
-from haplovl.model.layout import ImageGrid
+from haplovl.model.layout import ImageGrid, single_tile
 
 
 def resize_position_grid(table: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -80,7 +80,7 @@ class HaploImageEmbedding(nn.Module):
         """
         tiles = self.embed_tiles(pixel_values)
         newline = self.newline if newlines else None
-        if len({*grids}) == 1 and grids[0].tiles == 1 and grids[0].out_rows == tiles.shape[1] == grids[0].rows:
+        if {*grids} == {single_tile(*tiles.shape[1:3])}:
             return self._blocks(tiles, 1, newline).flatten(0, 1)  # all alike: in one go
         parts = tiles.split([grid.tiles for grid in grids])
         blocks = [

@@ -16,7 +16,15 @@ from transformers import PretrainedConfig
 from haplovl.model.configuration import HaploConfig, HaploDecoderConfig
 from haplovl.model.modeling import HaploForConditionalGeneration
 from haplovl.model.processing import IMAGE_TOKEN, VIDEO_TOKEN, HaploProcessor
-from haplovl.model.released_layout import PRE_NORM_EPS, TEXT_DEFAULTS, WEIGHTS, released_name, released_shape
+from haplovl.model.released_layout import (
+    PIXEL_SETTINGS,
+    PRE_NORM_EPS,
+    TEXT_DEFAULTS,
+    WEIGHTS,
+    read_json,
+    released_name,
+    released_shape,
+)
 
 LANGUAGE_TYPES = ("llama", "mistral", "qwen2")
 """transformers' language models whose layers are those of the release, apart from biases."""
@@ -26,14 +34,23 @@ def export_released(source: Path, target: Path) -> str:
     """Writes a model folder of ours in the released layout, with its processor if it has one; returns a sentence.
 
     Raises:
-        ValueError: the model has something that the layout cannot hold, or cannot be loaded.
+        ValueError: the model has something that the layout cannot hold, or cannot be loaded. Nothing is written then.
     """
-    model = HaploForConditionalGeneration.from_pretrained(source, dtype="auto")
-    has_processor = (source / "processor_config.json").is_file()
-    processor = HaploProcessor.from_pretrained(source) if has_processor else None
-    refused = unsupported(model.config) + (unsupported_processor(processor) if processor else [])
-    if refused:
-        raise ValueError(f"the released layout cannot hold {'; '.join(refused)}")
+    kind = read_json(source / "config.json").get("model_type")
+    if kind != HaploConfig.model_type:
+        raise ValueError(f"{source}: model_type is '{kind}', expected '{HaploConfig.model_type}' (a model of ours)")
+    if target.resolve() == source.resolve():
+        raise ValueError(f"{target} is the model itself; name another folder to write")
+    try:
+        config = HaploConfig.from_pretrained(source)
+        has_processor = (source / "processor_config.json").is_file()
+        processor = HaploProcessor.from_pretrained(source) if has_processor else None
+        refused = unsupported(config) + (unsupported_processor(processor, config) if processor else [])
+        if refused:
+            raise ValueError(f"the released layout cannot hold {'; '.join(refused)}")
+        model = HaploForConditionalGeneration.from_pretrained(source, dtype="auto")
+    except OSError as error:
+        raise ValueError(f"{source} cannot be loaded: {' '.join(str(error).split())}") from None
     target.mkdir(parents=True, exist_ok=True)
     save_file(released_weights(model), target / WEIGHTS, metadata={"format": "pt"})
     _write(target / "config.json", released_config(model, processor))
@@ -48,7 +65,7 @@ def export_released(source: Path, target: Path) -> str:
 
 def unsupported(config: HaploConfig) -> list[str]:
     """What of a model the released layout cannot hold, in words that name the setting."""
-    pre, text = config.pre_config, config.text_config
+    pre = config.pre_config
     found = [
         (pre.class_token, "a class token (pre_config.class_token)"),
         (not pre.image_newline, "images without newline tokens (pre_config.image_newline)"),
@@ -70,33 +87,48 @@ def unsupported(config: HaploConfig) -> list[str]:
             "video frames with newline tokens (frame_newlines)",
         ),
         (pre.num_channels != 3, f"pictures of {pre.num_channels} channels"),
-    ]
-    return [words for wrong, words in found if wrong] + _unsupported_language(text)
-
-
-def _unsupported_language(text: PretrainedConfig) -> list[str]:
-    if text.model_type == HaploDecoderConfig.model_type:
-        return []
-    if text.model_type not in LANGUAGE_TYPES:
-        return [f"a language model of type '{text.model_type}' (it holds {', '.join(LANGUAGE_TYPES)})"]
-    own_size = text.hidden_size // text.num_attention_heads
-    window = (
-        text.sliding_window if getattr(text, "use_sliding_window", True) and hasattr(text, "sliding_window") else None
-    )
-    found = [
         (
-            (getattr(text, "head_dim", None) or own_size) != own_size,
-            f"attention heads of {getattr(text, 'head_dim', 0)}",
+            pre.patch_grid * pre.patch_size != config.image_size,
+            f"a position table of {pre.patch_grid}x{pre.patch_grid} patches (pre_config.patch_grid) for tiles of "
+            f"{config.image_size} pixels (image_size)",
         ),
+    ]
+    return [words for wrong, words in found if wrong] + _unsupported_language(config)
+
+
+def _unsupported_language(config: HaploConfig) -> list[str]:
+    text, image = config.text_config, config.image_token_id
+    if text.model_type not in (HaploDecoderConfig.model_type, *LANGUAGE_TYPES):
+        return [f"a language model of type '{text.model_type}' (it holds {', '.join(LANGUAGE_TYPES)})"]
+    windowed = getattr(text, "use_sliding_window", hasattr(text, "sliding_window"))
+    window = text.sliding_window if windowed else None
+    found = [
         (window is not None, f"a language model with a sliding window of {window}"),
+        (
+            not getattr(text, "final_norm", True),
+            "a language model without a norm after it (text_config.final_norm)",
+        ),
+        (image >= text.vocab_size, f"an image token ({image}) beyond the vocabulary of {text.vocab_size}"),
     ]
     return [words for wrong, words in found if wrong]
 
 
-def unsupported_processor(processor: HaploProcessor) -> list[str]:
-    """What of a processor the released layout cannot hold."""
-    kind = processor.image_processor.tiling
-    return [] if kind == "released" else [f"pictures laid out by the tiling '{kind}' (it holds 'released')"]
+def unsupported_processor(processor: HaploProcessor, config: HaploConfig) -> list[str]:
+    """What of a processor the released layout cannot hold, together with the model of this configuration."""
+    images, pre = processor.image_processor, config.pre_config
+    found = [
+        (images.tiling != "released", f"pictures laid out by the tiling '{images.tiling}' (it holds 'released')"),
+        (processor.class_token, "a processor that counts class tokens (class_token)"),
+        (not processor.image_newline, "a processor that counts no newline tokens (image_newline)"),
+        (processor.frame_newlines, "a processor that counts newline tokens in video frames (frame_newlines)"),
+        (processor.video_token_id is None, f"a tokenizer without '{VIDEO_TOKEN}'"),
+        (
+            (images.image_size, images.patch_size) != (config.image_size, pre.patch_size),
+            f"tiles of {images.image_size} and patches of {images.patch_size} pixels in the processor, but "
+            f"{config.image_size} and {pre.patch_size} in the model",
+        ),
+    ]
+    return [words for wrong, words in found if wrong]
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -107,6 +139,8 @@ def released_weights(model: HaploForConditionalGeneration) -> dict[str, torch.Te
         state = _plain_language(state)
     if config.text_projection:
         state = _folded_text(state)
+    else:
+        state.pop("model.language_model.embed_tokens.weight", None)  # the language model's own are not used then
     bias = state.pop("model.image_embedding.patch.bias", None)
     if bias is not None:
         state["model.image_embedding.position"] = state["model.image_embedding.position"] + bias
@@ -219,13 +253,14 @@ def _head_dim(text: PretrainedConfig) -> int:
 
 def _shape(part: PretrainedConfig) -> dict[str, Any]:
     scaling = dict(part.rope_parameters)
-    theta = scaling.pop("rope_theta")
+    theta, head_dim = scaling.pop("rope_theta"), _head_dim(part)
     same = (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
         "hidden_act", "max_position_embeddings", "initializer_range",
     )  # fmt: skip
     return {
         **{name: getattr(part, name) for name in same},
+        **({} if head_dim == part.hidden_size // part.num_attention_heads else {"head_dim": head_dim}),
         "rope_theta": theta,
         "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
         "norm_mode": getattr(part, "norm", "rmsnorm"),
@@ -239,14 +274,9 @@ def _write_processor(processor: HaploProcessor, target: Path) -> None:
     images = processor.image_processor
     _write_tokenizer(processor, target)
     pixels = {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
+        **PIXEL_SETTINGS,
         "image_mean": images.image_mean,
         "image_std": images.image_std,
-        "resample": 3,
-        "rescale_factor": 1 / 255,
         "size": {"height": images.image_size, "width": images.image_size},
     }
     _write(
@@ -273,8 +303,12 @@ def _write_tokenizer(processor: HaploProcessor, target: Path) -> None:
     """The tokenizer as transformers 4, which the release's code needs, can read it."""
     processor.tokenizer.save_pretrained(target)
     (target / "chat_template.jinja").unlink(missing_ok=True)
+    if not processor.add_special_tokens:
+        # The release's processor always lets the tokenizer add what it adds, so it must be one that adds nothing.
+        path = target / "tokenizer.json"
+        _write(path, {**read_json(path), "post_processor": None})
     path = target / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json(path)
     for name in ("backend", "is_local", "local_files_only"):
         settings.pop(name, None)
     extra = settings.pop("extra_special_tokens", None)

@@ -52,7 +52,18 @@ class HaploImageProcessor(BaseImageProcessor):
         self.image_std = list(image_std)
         self.tiling = tiling
         self.image_grid_pinpoints = [list(point) for point in image_grid_pinpoints or []]
+        if tiling == "released":
+            self._check_pinpoints()
         self.max_pixels = max_pixels
+
+    def _check_pinpoints(self) -> None:
+        side = self.image_size
+        for point in self.image_grid_pinpoints or [[]]:
+            if len(point) != 2 or not all(type(n) is int and n > 0 and n % side == 0 for n in point):
+                raise ValueError(
+                    f"image_grid_pinpoints is {self.image_grid_pinpoints}; expected heights and widths that are "
+                    f"multiples of image_size {side}"
+                )
 
     def place(self, height: int, width: int) -> Placement:
         """The layout of a picture of this size.
@@ -84,6 +95,8 @@ class HaploImageProcessor(BaseImageProcessor):
             ImageError: (a ValueError) a picture cannot be read; it is named by its place in the list.
         """
         pictures = list(images) if isinstance(images, (list, tuple)) else [images]
+        if not pictures:
+            raise ImageError("no picture was given")
         tiles, grids = [], []
         for number, picture in enumerate(pictures):
             try:
@@ -102,13 +115,23 @@ class HaploImageProcessor(BaseImageProcessor):
         return self.preprocess(images, **kwargs)
 
     def preprocess_videos(self, videos: Sequence[Sequence[Any]], return_tensors: str | None = None) -> BatchFeature:
-        """Videos as lists of frames → pixel_values_videos [V, F, 3, s, s] float32 and video_frames [V].
+        """Videos → pixel_values_videos [V, F, 3, s, s] float32 and video_frames [V].
 
-        Videos with fewer than F frames are filled up with zeros.
+        A video is a list of frames or an array of them ([F, H, W, 3]). Videos with fewer than F frames are filled up
+        with zeros.
 
         Raises:
-            ImageError: (a ValueError) a video without frames, or a frame that cannot be read.
+            ImageError: (a ValueError) something else, a video without frames, or a frame that cannot be read.
         """
+        if not videos:
+            raise ImageError("no video was given")
+        for number, video in enumerate(videos):
+            if not (isinstance(video, (list, tuple)) or getattr(video, "ndim", 0) == 4):
+                shape = f" of shape {list(video.shape)}" if hasattr(video, "shape") else ""
+                raise ImageError(
+                    f"video {number + 1} of {len(videos)}: expected a list of frames, an array [F, H, W, 3] or a "
+                    f"file's path, found {type(video).__name__}{shape}"
+                )
         most = max(len(video) for video in videos)
         pixels = np.zeros((len(videos), most, 3, self.image_size, self.image_size), dtype=np.float32)
         for number, video in enumerate(videos):
@@ -118,7 +141,7 @@ class HaploImageProcessor(BaseImageProcessor):
                 try:
                     pixels[number, i] = self._frame(self._rgb(frame))
                 except ImageError as error:
-                    raise ImageError(f"frame {i + 1} of video {number + 1}: {error}") from None
+                    raise ImageError(f"video {number + 1} of {len(videos)}, frame {i + 1}: {error}") from None
         counts = np.array([len(video) for video in videos])
         return _batch({"pixel_values_videos": pixels, "video_frames": counts}, return_tensors)
 

@@ -1,22 +1,23 @@
 """HaploVL as a transformers model: early fusion of raw image patches and text in one transformer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import ModelOutput
 
-from haplovl.model.attention import MixedMask, exact_kernels, rotary_positions
+from haplovl.model.attention import MixedMask, exact_kernels, keep_exact_kernels, rotary_positions
 from haplovl.model.cache import fit_cache, next_positions, remember_positions
 from haplovl.model.configuration import HaploConfig
-from haplovl.model.decoder import HaploPreDecoder
+from haplovl.model.decoder import HaploDecoderModel, HaploPreDecoder
 from haplovl.model.embedding import HaploImageEmbedding
-from haplovl.model.generation import HaploGenerationMixin
+from haplovl.model.generation import HaploGenerationMixin, length_limits
 from haplovl.model.loading import StrictLoading
 from haplovl.model.media import Media
 
@@ -72,6 +73,23 @@ class HaploPreTrainedModel(StrictLoading, PreTrainedModel):
                 parameter = getattr(module, name)
                 if parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
                     parameter.normal_(std=self.config.pre_config.initializer_range)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
+        super()._set_gradient_checkpointing(enable, keep_exact_kernels(gradient_checkpointing_func), **kwargs)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Moves and casts as nn.Module does, but for rotary frequencies: in half precision far positions blur."""
+        exact = {
+            module: {name: buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")}
+            for module in self.modules()
+        }
+        super()._apply(fn, recurse)
+        for module, buffers in exact.items():
+            for name, buffer in buffers.items():
+                moved = getattr(module, name)
+                if moved.dtype != buffer.dtype and not buffer.is_meta:
+                    setattr(module, name, buffer.to(moved.device))
+        return self
 
 
 class HaploModel(HaploPreTrainedModel):
@@ -139,12 +157,14 @@ class HaploModel(HaploPreTrainedModel):
         increment = self.config.pre_config.rotary_increment
         positions = rotary_positions(media.blocks_or_text(input_ids), increment, document_ids=document_ids)
         mask = MixedMask(*input_ids.shape, input_ids.device, media.blocks, document_ids=document_ids)
+        backend = self._pre_backend()
+        mask.check(backend)
         x = self.embed(input_ids, media)
-        backend = self.config._attn_implementation
-        served, options = mask.for_backend(backend, x.dtype, x.requires_grad)
-        return self.pre_decoder(
-            x, positions, served, backend, options=options, all_hidden_states=all_hidden_states
-        )  # fmt: skip
+        served, options = mask.for_backend(backend, x.dtype)
+        with exact_kernels(mask, backend):
+            return self.pre_decoder(
+                x, positions, served, backend, options=options, all_hidden_states=all_hidden_states
+            )  # fmt: skip
 
     def position_ids(
         self,
@@ -181,14 +201,15 @@ class HaploModel(HaploPreTrainedModel):
         document_ids [B, L] for packed rows.
 
         Raises:
-            ValueError: placeholders and images do not match, the sequence is longer than the context, the attention
-                backend cannot serve the mask, or a cache is continued whose positions are not known.
+            ValueError: placeholders and images do not match, the sequence is longer than context or cache, the
+                attention backend cannot serve the mask, or a cache is continued whose positions are not known.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
+        self._check_cache(past_key_values, document_ids)
         fit_cache(past_key_values, self.config)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        self._check_length(input_ids.shape[1], past)
+        self._check_length(past + input_ids.shape[1], past_key_values)
         decoding = past > 0 and input_ids.shape[1] == 1 and pixel_values is None and pixel_values_videos is None
         media = (
             Media()
@@ -200,7 +221,8 @@ class HaploModel(HaploPreTrainedModel):
             own = None if attention_mask is None else attention_mask[:, past:]
             position_ids = self.position_ids(media.blocks_or_text(input_ids), own, document_ids)
             if past:
-                position_ids = position_ids + next_positions(past_key_values, past)[..., None]
+                following = next_positions(past_key_values, past, position_ids, attention_mask)
+                position_ids = position_ids + following[..., None]
         mask = MixedMask(
             *input_ids.shape, input_ids.device, media.blocks, attention_mask, document_ids, past,
             keys=_static_size(past_key_values),
@@ -209,7 +231,7 @@ class HaploModel(HaploPreTrainedModel):
         x = self._pre_forward(input_ids, media, position_ids[0], mask, past_key_values, pre_states)
         out = self._post_forward(x, position_ids[1], mask, past_key_values, output_hidden_states)
         if past_key_values is not None:
-            remember_positions(past_key_values, past + input_ids.shape[1], position_ids[..., -1] + 1)
+            remember_positions(past_key_values, position_ids.expand(2, *input_ids.shape))
         return HaploModelOutput(
             out.last_hidden_state, past_key_values, out.hidden_states, tuple(pre_states) if pre_states else None
         )
@@ -223,14 +245,20 @@ class HaploModel(HaploPreTrainedModel):
         cache: Cache | None,
         states: list[torch.Tensor] | None,
     ) -> torch.Tensor:
-        backend = self.config._attn_implementation
+        backend = self._pre_backend()
         # Both backends are asked before anything is computed.
-        post = self.config.text_config._attn_implementation
-        self._post_mask(mask).for_backend(post, self.dtype, False) if post.startswith("flash") else None
+        mask.check(backend)
+        self._post_mask(mask).check(self.config.text_config._attn_implementation)
         x = self.embed(input_ids, media)
-        served, options = mask.for_backend(backend, x.dtype, x.requires_grad)
-        with exact_kernels(mask, x.requires_grad):
+        served, options = mask.for_backend(backend, x.dtype)
+        with exact_kernels(mask, backend):
             return self.connector(self.pre_decoder(x, positions, served, backend, cache, options, states))
+
+    def _pre_backend(self) -> str:
+        """The pre-decoder's backend is the model's own; transformers' flash functions read it in `pre_config`."""
+        backend = self.config._attn_implementation
+        self.config.pre_config._attn_implementation_internal = backend
+        return backend
 
     def _post_mask(self, mask: MixedMask) -> MixedMask:
         return mask.causal() if self.config.post_mask == "causal" else mask
@@ -239,8 +267,11 @@ class HaploModel(HaploPreTrainedModel):
         self, x: torch.Tensor, positions: torch.Tensor, mask: MixedMask, cache: Cache | None, states: bool
     ) -> Any:
         backend = self.config.text_config._attn_implementation
-        served, options = self._post_mask(mask).for_backend(backend, x.dtype, x.requires_grad)
-        with exact_kernels(mask, x.requires_grad):
+        served, options = self._post_mask(mask).for_backend(backend, x.dtype)
+        if served is None and cache is None and not isinstance(self.language_model, HaploDecoderModel):
+            # Given no mask at all, transformers would read packed documents out of the positions of an image.
+            served = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        with exact_kernels(mask, backend):
             return self.language_model(
                 inputs_embeds=x,
                 attention_mask=served,
@@ -262,26 +293,33 @@ class HaploModel(HaploPreTrainedModel):
             raise ValueError(f"attention_mask has the shape {list(attention_mask.shape)}, expected {list(wanted)}")
         return None if bool(attention_mask.all()) else attention_mask
 
-    def _check_length(self, length: int, past: int) -> None:
-        text, total = self.config.text_config, past + length
-        context = getattr(text, "max_position_embeddings", None)
-        if context is not None and total > context and length > 1:
+    def _check_cache(self, cache: Cache | None, document_ids: torch.Tensor | None) -> None:
+        if cache is None:
+            return
+        if document_ids is not None:
+            raise ValueError("packed documents (document_ids) cannot be combined with a key-value cache")
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            raise ValueError("gradient checkpointing cannot be combined with a key-value cache; call model.eval()")
+
+    def _check_length(self, total: int, cache: Cache | None) -> None:
+        context, window = length_limits(self.config)
+        if context is not None and total > context:
             raise ValueError(
-                f"the prompt has {total} tokens, more than the language model's context of {context}; shorten it or "
+                f"the sequence has {total} tokens, more than the language model's context of {context}; shorten it or "
                 "use fewer or smaller images"
             )
-        window = getattr(text, "sliding_window", None)
-        if window is not None and getattr(text, "use_sliding_window", True) and total > window:
+        if window is not None and total > window:
             raise ValueError(
                 f"the language model attends within a sliding window of {window} tokens, but the sequence has "
                 f"{total}; the mixed mask does not model the window"
             )
+        if 0 < _static_size(cache) < total:
+            raise ValueError(f"the static cache has room for {_static_size(cache)} tokens, but the sequence has {total}")
 
 
 def _static_size(cache: Cache | None) -> int:
     """Key slots of a cache that does not grow; 0 for one that does."""
-    size = 0 if cache is None else cache.get_max_length()
-    return max(int(size or 0), 0)
+    return cache.get_max_length() if isinstance(cache, StaticCache) else 0
 
 
 class HaploForConditionalGeneration(HaploPreTrainedModel, HaploGenerationMixin):

@@ -1,5 +1,9 @@
 """The layout of the authors' released checkpoints: its names of tensors and settings, and what it leaves unsaid."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 from haplovl.model.layout import tile_shapes
 
 WEIGHTS = "model.safetensors"
@@ -35,6 +39,15 @@ TEXT_DEFAULTS = {
     "tie_word_embeddings": False,
 }
 """What the release's configuration leaves out of its file where a value is this."""
+PIXEL_SETTINGS = {
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+}
+"""How the release's processor turns every picture into pixel values; there is no other way here."""
 DEFAULT_PINPOINTS = [[336 * rows, 336 * columns] for rows, columns in tile_shapes(6)]
 
 _LAYER = {
@@ -79,3 +92,22 @@ def released_shape(name: str, shape: tuple[int, ...], patch_size: int) -> tuple[
     if name == "model.image_embedding.patch.weight":
         return (shape[0], shape[1] // patch_size**2, patch_size, patch_size)
     return (1, *shape) if name == "model.image_embedding.position" else shape
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file.
+
+    Raises:
+        ValueError: the file is missing or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object of settings")
+    return content

@@ -8,9 +8,11 @@ from PIL import Image
 
 from haplovl.data.loader import IGNORE, PackedLoader, PreparedRecords
 from haplovl.data.prepare import prepare, read_manifest
+from haplovl.data.validate import inspect_images
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
 from haplovl.errors import UserError
 from haplovl.files import PREPARED, RAW, TEACHERS, VALIDATED, sha256_of
+from haplovl.model import HaploImageProcessor, HaploProcessor
 from haplovl.records import Record, Turn
 from haplovl.settings import BatchSettings, StageMixture, load_params
 
@@ -125,3 +127,112 @@ def test_a_step_that_cannot_be_split_is_refused(project, processor):
     prepare(project)
     with pytest.raises(UserError, match="4 rows cannot be split over 3 processes"):
         PackedLoader(PreparedRecords("train", processor), BATCH, StageMixture(), 1, 1, 0, 3)
+
+
+# --- any resolution ------------------------------------------------------------------------------------------------
+SHAPES = [(32, 16), (64, 64), (20, 90), (90, 20), (31, 33), (128, 9), (3, 3), (50, 70)]
+"""Heights and widths; the model shows them in one to four tiles."""
+
+
+@pytest.fixture
+def mixed_sizes(tmp_path, monkeypatch, tokenizer, request):
+    """A project whose records have up to two pictures of other sizes, some of them JPEGs that lie on their side."""
+    params = load_params(request.config.rootpath / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    (RAW / "images").mkdir(parents=True)
+    VALIDATED.mkdir(parents=True)
+    records = []
+    for n in range(24):
+        names = tuple(f"{n}-{i}.{'jpg' if n % 2 else 'png'}" for i in range(n % 3))
+        for i, name in enumerate(names):
+            height, width = SHAPES[(n + 3 * i) % len(SHAPES)]
+            exif = Image.Exif()
+            exif[0x0112] = 6 if n % 2 else 1
+            Image.effect_noise((width, height), 80).convert("RGB").save(RAW / "images" / name, exif=exif)
+        turn = Turn("<image>" * len(names) + "Where is the 3?", "top left")
+        records.append(Record(f"r{n}", names, (turn,), split="train" if n < 20 else "test"))
+    seen = inspect_images(RAW, [name for record in records for name in record.images], 10_000)
+    rows = [ValidatedRecord(record, tuple(seen[name] for name in record.images), "a.jsonl") for record in records]
+    write_validated(VALIDATED, rows)
+    processor = HaploProcessor(HaploImageProcessor(32, 8, max_tiles=4), tokenizer)
+    processor.save_pretrained(TEACHERS / "processor")
+    return limited(params, 400), processor, rows
+
+
+def test_lengths_are_those_of_the_tokens_whatever_a_pictures_size(mixed_sizes):
+    params, processor, rows = mixed_sizes
+    prepare(params)
+    records, tiles = PreparedRecords("train", processor), set()
+    assert len(records) == 20
+    for index, row in enumerate(rows[:20]):
+        sample = records[index]
+        announced = [processor.image_tokens(image.height, image.width) for image in row.images]
+        assert sample.id == row.record.id
+        assert len(sample.input_ids) == len(sample.labels) == records.lengths[index]
+        assert sample.input_ids.count(processor.image_token_id) == sum(announced)
+        assert [processor.grid_tokens(grid) for grid in sample.image_grids] == announced
+        if row.images:
+            assert sample.pixel_values.shape == (sum(grid.tiles for grid in sample.image_grids), 3, 32, 32)
+            # As the processor sees the same files when the model answers.
+            files = [RAW / "images" / image.path for image in row.images]
+            batch = processor(text="<image>" * len(files), images=files, return_tensors="pt")
+            assert [grid.to_list() for grid in sample.image_grids] == batch["image_grids"].tolist()
+            pixels = [part[: grid.tiles] for part, grid in zip(batch["pixel_values"], sample.image_grids, strict=True)]
+            assert torch.equal(torch.cat(pixels), sample.pixel_values)
+            tiles |= {grid.tiles for grid in sample.image_grids}
+    assert tiles == {1, 2, 3, 4}
+
+
+def test_prepare_counts_the_tokens_of_every_picture(mixed_sizes):
+    params, processor, rows = mixed_sizes
+    prepare(params)
+    lengths = [*PreparedRecords("train", processor).lengths, *PreparedRecords("test", processor).lengths]
+    limit = sorted(lengths)[len(lengths) // 2]
+    prepare(limited(params, limit))
+    refused = [json.loads(line) for line in (PREPARED / "quarantine.jsonl").read_text().splitlines()]
+    longer = {row.record.id: length for row, length in zip(rows, lengths, strict=True) if length > limit}
+    assert {row["id"]: row["tokens"] for row in refused} == longer
+    assert len(set(longer.values())) > 3
+    kept = [*PreparedRecords("train", processor).lengths, *PreparedRecords("test", processor).lengths]
+    assert kept == [length for length in lengths if length <= limit]
+
+
+@pytest.mark.parametrize("interleaved", [0.0, 1.0])
+def test_packed_pictures_of_many_tiles_are_read_as_alone(mixed_sizes, model, interleaved):
+    params, processor, _ = mixed_sizes
+    prepare(params)
+    records = PreparedRecords("train", processor)
+    by_id = {records[i].id: records[i] for i in range(len(records))}
+    mixture = StageMixture(interleaved=interleaved)
+    batch = PackedLoader(records, BatchSettings(rows=2, row_tokens=600), mixture, 1, micro_batch_rows=2).step(0)[0]
+    assert sum(grid.tiles for grid in batch.image_grids) == len(batch.pixel_values)
+    assert len({grid.tiles for grid in batch.image_grids}) > 1
+    with torch.inference_mode():
+        together = model(
+            batch.input_ids, batch.pixel_values, batch.image_grids, document_ids=batch.document_ids
+        ).logits  # fmt: skip
+        names, joined = iter(batch.record_ids), 0
+        for row, documents in enumerate(batch.document_ids):
+            for document in range(int(documents.max()) + 1):
+                place, ids, pixels, grids = documents == document, [], [], []
+                while len(ids) < int(place.sum()):
+                    sample = by_id[next(names)]
+                    joined += bool(ids)
+                    ids += sample.input_ids
+                    pixels += [] if sample.pixel_values is None else [sample.pixel_values]
+                    grids += sample.image_grids
+                assert batch.input_ids[row][place].tolist() == ids
+                pictures = (torch.cat(pixels), grids) if pixels else ()
+                alone = model(torch.tensor([ids]), *pictures).logits[0]
+                # fp32 sums over rows of another length; measured worst case 2e-7 on this model.
+                torch.testing.assert_close(together[row][place], alone, atol=2e-5, rtol=0)
+    assert next(names, None) is None
+    assert (joined > 0) == (interleaved > 0)
+
+
+def test_a_picture_that_fills_more_than_a_row_is_refused_with_a_way_out(mixed_sizes):
+    params, processor, _ = mixed_sizes
+    prepare(params)
+    records = PreparedRecords("train", processor)
+    with pytest.raises(UserError, match="does not fit into a row of 64; raise batch.row_tokens or lower prepare.max"):
+        PackedLoader(records, BatchSettings(rows=1, row_tokens=64), StageMixture(), 1, micro_batch_rows=1).step(0)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from haplovl.data.loader import IGNORE, Batch
-from haplovl.model.layout import single_tile
+from haplovl.model.layout import ImageGrid, place, single_tile
 from haplovl.train.objectives import Distillation, InstructionTuning
 
 
@@ -117,3 +117,87 @@ def test_every_parameter_takes_part_without_a_picture(distillation, batch):
     assert distillation.counts(batch)["loss_vision"] == 0 == parts["loss_vision"].item()
     sum(parts.values()).backward()
     assert distillation.vision_head.weight.grad is not None
+
+
+# --- several tiles -------------------------------------------------------------------------------------------------
+SHRUNK = ImageGrid(2, 2, 0, 0, 8, 8, 4, 4)
+"""Four tiles of which every patch is the mean of 2x2: what a layout with fewer tokens than patches does."""
+
+
+@pytest.fixture
+def tiled(model):
+    """A packed row of four pictures of one to four tiles with text between them, and its pictures' places."""
+    grids = [place(32, 16, 32, 8, 4).grid, place(64, 64, 32, 8, 4).grid, place(20, 90, 32, 8, 4).grid, SHRUNK]
+    image, ids, starts = model.config.image_token_id, [], []
+    for number, grid in enumerate(grids):
+        ids += [11 + number, 12]
+        starts.append(len(ids))
+        ids += [image] * grid.tokens(True, True)
+    ids += [13, 14]
+    documents = torch.zeros(1, len(ids), dtype=torch.long)
+    documents[:, starts[2] - 2 :] = 1
+    pixels = torch.randn(sum(grid.tiles for grid in grids), 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([ids])
+    labels = torch.where(ids == image, IGNORE, ids)
+    return Batch(ids, labels, documents, pixels, grids, ["a", "b"]), starts
+
+
+def expected_targets(vision, batch):
+    """The teacher's patch for every patch of the pictures, by its own coordinates: [patches, width]."""
+    states = vision(batch.pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:].unflatten(1, (4, 4))
+    targets, first = [], 0
+    for grid in batch.image_grids:
+        tiles = states[first : first + grid.tiles]
+        first += grid.tiles
+
+        def patch(row, column, tiles=tiles, grid=grid):
+            return tiles[row // 4 * grid.tile_columns + column // 4, row % 4, column % 4]
+
+        for row in range(grid.out_rows):
+            for column in range(grid.out_columns):
+                if grid is SHRUNK:
+                    four = [patch(2 * row + r, 2 * column + c) for r in (0, 1) for c in (0, 1)]
+                    targets.append(torch.stack(four).mean(0))
+                else:
+                    targets.append(patch(grid.top + row, grid.left + column))
+    return torch.stack(targets)
+
+
+def test_stage1_compares_every_patch_with_the_teachers_patch_of_its_own_tile(distillation, model, vision, tiled):
+    batch, starts = tiled
+    assert [grid.tiles for grid in batch.image_grids] == [1, 4, 3, 4]
+    assert [(g.top, g.left, g.rows, g.columns) for g in batch.image_grids[:3]] == [
+        (0, 1, 4, 2), (0, 0, 8, 8), (0, 0, 3, 12)
+    ]  # fmt: skip
+    with torch.inference_mode():
+        parts = distillation(batch)
+        hidden = model.model.pre_decode(batch.input_ids, batch.pixel_values, batch.document_ids, batch.image_grids)[0]
+        own = []
+        for start, grid in zip(starts, batch.image_grids, strict=True):
+            for row in range(grid.out_rows):  # after a class token per tile, every row ends with a newline
+                begin = start + grid.tiles + row * (grid.out_columns + 1)
+                own += hidden[begin : begin + grid.out_columns]
+        targets = expected_targets(vision, batch)
+        expected = 1 - functional.cosine_similarity(distillation.vision_head(torch.stack(own)), targets, dim=-1)
+    patches = 4 * 2 + 8 * 8 + 3 * 12 + 4 * 4
+    assert len(targets) == patches
+    counts = distillation.counts(batch)
+    assert counts == {"loss_vision": patches, "loss_feature": 10, "loss_current_token": 10}
+    # A sum of 124 terms in fp32.
+    torch.testing.assert_close(parts["loss_vision"], expected.sum(), atol=1e-4, rtol=1e-5)
+
+
+def test_stage2_reads_several_tiles_and_its_gradient_reaches_them(model, tiled):
+    batch, _ = tiled
+    objective = InstructionTuning(model)
+    # All ten text tokens but the row's first, which nothing predicts.
+    assert objective.counts(batch) == {"loss": 9}
+    batch.pixel_values.requires_grad_(True)
+    total = objective(batch)["loss"]
+    out = model(
+        batch.input_ids, batch.pixel_values, batch.image_grids, document_ids=batch.document_ids, labels=batch.labels
+    )  # fmt: skip
+    torch.testing.assert_close(total / 9, out.loss, atol=1e-6, rtol=1e-5)
+    total.backward()
+    reached = batch.pixel_values.grad.abs().amax(dim=(1, 2, 3))
+    assert (reached > 0).all()
