@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from haplovl.model.attention import MixedMask
 from haplovl.model.layout import ImageGrid, single_tile
 
-# fp32 attention over rows of another length, or in chunks; measured worst case MEASURED.
-TOLERANCE = 1e-5
+# fp32 attention over rows of another length, or in chunks; logits reach 0.7, measured worst case 3e-7.
+TOLERANCE = 5e-6
 SIDE, PATCH = 4, 8  # patches along a tile, pixels along a patch
 FRAME = single_tile(SIDE, SIDE).tokens(class_token=True, newline=True)
 KINDS = st.tuples(  # increments of pre- and post-decoder, mask of the post-decoder
@@ -154,7 +154,7 @@ def size(row):
     return sum(sum(piece.blocks) for piece in row)
 
 
-@few(40)
+@few(100)
 @given(kind=KINDS, row=rows(), data=st.data())
 def test_a_change_is_seen_by_its_whole_image_and_what_follows_but_nothing_earlier(shared, kind, row, data):
     model = of_kind(shared, kind)
@@ -167,7 +167,7 @@ def test_a_change_is_seen_by_its_whole_image_and_what_follows_but_nothing_earlie
         assert not (before[start:] == after[start:]).all(dim=-1).any()
 
 
-@few(25)
+@few(80)
 @given(kind=KINDS, batch=st.lists(rows(3), min_size=2, max_size=3))
 def test_a_padded_row_equals_the_row_alone(shared, kind, batch):
     model = of_kind(shared, kind)
@@ -176,7 +176,7 @@ def test_a_padded_row_equals_the_row_alone(shared, kind, batch):
         torch.testing.assert_close(mine[-size(row) :], logits(model, [row])[0], atol=TOLERANCE, rtol=0)
 
 
-@few(25)
+@few(80)
 @given(kind=KINDS, batch=st.lists(st.lists(rows(3), min_size=1, max_size=3), min_size=1, max_size=2), data=st.data())
 def test_a_packed_document_equals_the_document_alone_and_sees_no_other(shared, kind, batch, data):
     model = of_kind(shared, kind)
@@ -204,7 +204,7 @@ def test_a_packed_document_equals_the_document_alone_and_sees_no_other(shared, k
             assert torch.equal(mine, again[i][j]) == ((i, j) != (row, chosen))
 
 
-@few(25)
+@few(80)
 @given(kind=KINDS, batch=st.lists(st.lists(rows(2), min_size=3, max_size=3), min_size=1, max_size=2))
 def test_chunks_and_single_tokens_on_a_cache_equal_the_whole_row(shared, kind, batch):
     """Chunks end at words or images. In a batch every chunk is padded on the left, so that rows have holes."""
@@ -224,7 +224,7 @@ def test_chunks_and_single_tokens_on_a_cache_equal_the_whole_row(shared, kind, b
         torch.testing.assert_close(mine[real], logits(model, [whole])[0], atol=TOLERANCE, rtol=0)
 
 
-@few(60)
+@few(80)
 @given(
     blocks=st.lists(st.tuples(st.booleans(), st.integers(1, 4)), min_size=1, max_size=5),
     past=st.integers(0, 3),
