@@ -53,8 +53,8 @@ class HaploGenerationMixin(GenerationMixin):
         only_new = mask is not None and mask.shape[1] > ids.shape[1]
         if not only_new and ids.shape[1] <= past:
             raise ValueError(
-                f"the cache holds {past} tokens, but input_ids only {ids.shape[1]}; pass the whole sequence, or the new "
-                "tokens with an attention_mask over the whole sequence"
+                f"the cache holds {past} tokens, but input_ids only {ids.shape[1]}; pass the whole sequence, or the "
+                "new tokens with an attention_mask over the whole sequence"
             )
         new = ids if only_new else ids[:, past:]
         fresh = media if only_new else self._uncached_media(ids, past, media)
@@ -114,8 +114,8 @@ class HaploGenerationMixin(GenerationMixin):
         media = {name: kwargs.pop(name, None) for name in MEDIA_INPUTS}
         if expand_size > 1 and _cached_tokens(kwargs):
             raise ValueError(
-                "a filled cache has one row a prompt, so it is continued without beams and num_return_sequences; repeat "
-                "the rows of cache (batch_repeat_interleave) and inputs instead"
+                "a filled cache has one row a prompt, so it is continued without beams and num_return_sequences; "
+                "repeat the rows of cache (batch_repeat_interleave) and inputs instead"
             )
         if expand_size > 1 and input_ids is not None:
             images, videos = self._sizes(media)

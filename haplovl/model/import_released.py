@@ -125,14 +125,16 @@ def import_config(settings: dict[str, Any]) -> HaploConfig:
 
 
 def _part(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """base_config or pre_config, with what the file leaves out; nothing else of the file is read by the release.
+    """base_config or pre_config, with what the file leaves out; post_config is ignored, as the release does.
 
-    (It copies base_config over the file's top level, and ignores post_config.)
+    The release copies base_config over the file's top level when it loads and saves, so the two agree in its files;
+    where somebody edited the top level of a value that base_config leaves out, that is what was meant.
     """
     given = settings.get(name, {})
     if not isinstance(given, dict):
         raise ValueError(f"{name} is {given!r}, expected an object of settings")
-    part = {**TEXT_DEFAULTS, **given}
+    top = {key: settings[key] for key in TEXT_DEFAULTS if key in settings} if name == "base_config" else {}
+    part = {**TEXT_DEFAULTS, **top, **given}
     part["num_key_value_heads"] = part["num_key_value_heads"] or part["num_attention_heads"]
     for key in _POSITIVE:
         if type(part[key]) is not int or part[key] < 1:

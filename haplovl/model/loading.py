@@ -35,7 +35,8 @@ class StrictLoading:
             if "safetensors" not in str(error):
                 raise
             raise ValueError(f"{place} cannot be loaded; HaploVL loads safetensors only: {error}") from None
-        mismatched = [f"{key}: {list(found)} in the file, {list(own)} here" for key, found, own in info["mismatched_keys"]]
+        shapes = info["mismatched_keys"]
+        mismatched = [f"{key}: {list(found)} in the file, {list(own)} here" for key, found, own in shapes]
         if mismatched:
             raise ValueError(f"{place} do not fit its configuration: {_some(mismatched)}")
         if info["missing_keys"]:

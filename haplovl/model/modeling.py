@@ -313,8 +313,9 @@ class HaploModel(HaploPreTrainedModel):
                 f"the language model attends within a sliding window of {window} tokens, but the sequence has "
                 f"{total}; the mixed mask does not model the window"
             )
-        if 0 < _static_size(cache) < total:
-            raise ValueError(f"the static cache has room for {_static_size(cache)} tokens, but the sequence has {total}")
+        room = _static_size(cache)
+        if 0 < room < total:
+            raise ValueError(f"the static cache has room for {room} tokens, but the sequence has {total}")
 
 
 def _static_size(cache: Cache | None) -> int:

@@ -25,7 +25,7 @@ TOLERANCE = 2e-5
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
 DETAILED = GREEDY | {"return_dict_in_generate": True, "output_logits": True}
-INCREMENTS = [(0.0, 1.0), (1.0, 1.0), (0.25, 0.5)]
+INCREMENTS = [(0.0, 1.0), (1.0, 1.0), (0.0, 0.0), (0.25, 0.5)]
 STATIC = {"cache_implementation": "static"}
 
 
@@ -166,6 +166,15 @@ def test_drafts_of_an_assistant_change_nothing(model, assistant, alone):
             assert_same(drafted, model.generate(**own, **DETAILED))
 
 
+def test_an_assistant_reads_the_prompt_at_its_own_positions(model, assistant, alone):
+    seen = []
+    assistant.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["position_ids"]), with_kwargs=True)
+    model.generate(**alone[1], **GREEDY, assistant_model=assistant)
+    inside = torch.arange(model.config.tokens_per_image) / 2
+    first, second = 2 + inside, 2 + inside[-1] + 1 + inside
+    assert seen[0][0, 0].tolist() == [0, 1, *first, *second, second[-1] + 1]
+
+
 def test_drafts_looked_up_in_the_prompt_never_hold_placeholders(model):
     ids = torch.tensor([row(model, 11, 12, "i", 13, 14, 11, 12)])  # what followed 11 and 12 before was an image
     prompt = {"input_ids": ids, "pixel_values": noise(1, 3, 32, 32)}
@@ -177,7 +186,8 @@ def test_drafts_that_cannot_work_are_refused_before_anything_runs(words, request
     options = {"assistant_model": request.getfixturevalue("assistant")}
     if words == "LlamaForCausalLM":
         sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        options["assistant_model"] = LlamaForCausalLM(LlamaConfig(vocab_size=model.config.text_config.vocab_size, **sizes))
+        config = LlamaConfig(vocab_size=model.config.text_config.vocab_size, **sizes)
+        options["assistant_model"] = LlamaForCausalLM(config)
     elif words == "class_token True and False":
         options["assistant_model"].config.pre_config.class_token = False
     elif words == "early_exit":

@@ -126,43 +126,6 @@ def test_a_backend_that_cannot_serve_the_mask_refuses(model, parts):
         logits(model, *parts)
 
 
-@pytest.mark.parametrize("increments", [(0.0, 1.0), (1.0, 1.0), (0.0, 0.0), (0.25, 0.5)])
-def test_generation_is_the_same_with_and_without_cache(model, parts, increments):
-    ids, pixels = parts
-    model.config.pre_config.rotary_increment, model.config.post_rotary_increment = increments
-    batch = torch.cat([torch.tensor([[0, 0, 0, 17, 18]]), torch.tensor([[30, 31, 32, 33, 34]])])
-    mask = (batch > 0).long()
-    for inputs in (
-        {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)},
-        {"input_ids": batch, "attention_mask": mask},
-    ):
-        runs = [
-            model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, use_cache=use_cache)
-            for use_cache in (True, False)
-        ]
-        assert torch.equal(*runs)
-        assert runs[0].shape[1] == inputs["input_ids"].shape[1] + 8
-
-
-def test_beams_keep_several_images_with_their_row(model, parts):
-    ids, pixels = parts
-    image, n = model.config.image_token_id, model.config.tokens_per_image
-    one = torch.tensor([[0] * n + [11, 12, *[image] * n, 13, 14, 15]])
-    batch, mask = torch.cat([ids, one]), torch.cat([ids, one]).ne(0).long()
-    third = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(9))
-    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "num_beams": 3}
-    together = model.generate(input_ids=batch, pixel_values=torch.cat([pixels, third]), attention_mask=mask, **options)
-    for row, own in ((0, pixels), (1, third)):
-        start = int((mask[row] == 0).sum())
-        alone = model.generate(
-            input_ids=batch[row : row + 1, start:],
-            pixel_values=own,
-            attention_mask=mask[row : row + 1, start:],
-            **options,
-        )
-        assert torch.equal(together[row, -5:], alone[0, -5:])
-
-
 def test_images_and_placeholders_must_match(model, parts):
     ids, pixels = parts
     with pytest.raises(ValueError, match="room for 42 image tokens, but 1 images"):

@@ -179,9 +179,9 @@ def test_a_conversation_becomes_the_references_text_and_inputs(imported, monkeyp
     assert torch.equal(answer[:, -NEW_TOKENS:], expected["generated_cache"])
 
 
-def test_flex_attention_gives_the_references_logits(imported):
-    """One padded batch with images: compiling takes 20 seconds of an idle machine."""
-    case = CASES["batch2_left_pad"]
+@pytest.mark.parametrize("name", ["two_images", "batch2_left_pad", "video4"])
+def test_flex_attention_gives_the_references_logits(name, imported):
+    case = CASES[name]
     model, processor = imported(case, "flex_attention")
     batch, expected = inputs(case, processor), vectors(case)
     with torch.inference_mode():

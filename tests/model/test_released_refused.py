@@ -172,6 +172,13 @@ def test_what_the_release_leaves_unread_is_left_unread(released_source, tmp_path
     assert HaploConfig.from_pretrained(tmp_path / "ours").text_config.hidden_size == 96
 
 
+def test_an_edit_of_the_top_level_counts_where_base_config_says_nothing(released_source, tmp_path):
+    source = released_source(tmp_path / "source")
+    settings("config.json", image_aspect_ratio="anyres_max_9")(source)
+    import_released(source, tmp_path / "ours")
+    assert HaploProcessor.from_pretrained(tmp_path / "ours").image_processor.max_tiles == 9
+
+
 def test_neither_command_writes_over_what_it_reads(released_source, golden, tmp_path):
     source = released_source(tmp_path / "source")
     ours = tmp_path / "ours"
