@@ -5,8 +5,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several threads would only wait for each other on tiny models; on a busy machine they take thrice as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
