@@ -65,7 +65,7 @@ def make_teachers(params: Params) -> None:
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
-    """Adds the image and video tokens, a padding token and the chat template's special tokens where they are missing."""
+    """Adds the placeholders, a padding token and the chat template's special tokens where they are missing."""
     extra = [IMAGE_TOKEN, VIDEO_TOKEN, *TEMPLATES[template].special_tokens]
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})

@@ -14,7 +14,8 @@ from haplovl.model.layout import ImageGrid, patches_per_side, single_tile
 class Media:
     """Images and videos in the order of their blocks, and where their tokens stand.
 
-    Shapes: blocks [B, L] (None without any), is_image and is_video [B, L], images and videos [tiles or frames, C, H, W].
+    Shapes: blocks [B, L] (None without any), is_image and is_video [B, L], images [tiles, C, H, W], videos
+    [frames, C, H, W].
     """
 
     blocks: torch.Tensor | None = None
