@@ -96,7 +96,7 @@ def load_model(folder: Path) -> tuple[Any, Any]:
     """
     _require_haplovl(folder)
     disable_progress_bar()  # of the weights: they load in a moment, and an answer should stand alone
-    from haplovl.model import HaploForConditionalGeneration, HaploProcessor
+    from haplovl.model import HaploForConditionalGeneration, HaploProcessor, pack_for_cpu
     from haplovl.model.inherit import suppress_placeholders
 
     try:
@@ -106,7 +106,7 @@ def load_model(folder: Path) -> tuple[Any, Any]:
         raise UserError(f"the model in {folder} cannot be loaded: {one_line(error)}") from None
     if not model.generation_config.suppress_tokens:  # a folder from before the model's own configuration held them
         suppress_placeholders(model)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    return pack_for_cpu(model.eval().to("cuda" if torch.cuda.is_available() else "cpu")), processor
 
 
 class Confidence(LogitsProcessor):

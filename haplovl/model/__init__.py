@@ -13,6 +13,7 @@ from haplovl.model.configuration import HaploConfig, HaploDecoderConfig, HaploPr
 from haplovl.model.decoder import HaploDecoderModel
 from haplovl.model.image_processing import HaploImageProcessor
 from haplovl.model.modeling import HaploForConditionalGeneration, HaploModel
+from haplovl.model.packed import pack_for_cpu
 from haplovl.model.processing import HaploProcessor
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "HaploModel",
     "HaploPreDecoderConfig",
     "HaploProcessor",
+    "pack_for_cpu",
 ]
 
 AutoConfig.register("haplovl", HaploConfig)

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 
 FLASH_BACKENDS = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
-BACKENDS = ("eager", "sdpa", "flex_attention", *FLASH_BACKENDS)
+BACKENDS = ("eager", "matmul", "sdpa", "flex_attention", *FLASH_BACKENDS)
 
 
 def number_blocks(is_media: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -164,7 +164,7 @@ class MixedMask:
             ValueError: see `check`.
         """
         self.check(backend)
-        if backend == "eager":
+        if backend == "eager" or (backend == "matmul" and not (self.plain and self.length == 1)):
             return self.additive(dtype), {}
         if backend == "flex_attention":
             return self.block_sparse(), {}

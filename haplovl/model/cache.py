@@ -6,6 +6,45 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 from haplovl.model.configuration import HaploConfig
 
 
+ROOM = 256
+"""Tokens by which a growing cache makes room."""
+
+
+class GrowingLayer(DynamicLayer):
+    """A dynamic layer that grows in place, where DynamicLayer copies all keys and values at every token.
+
+    The keys and values that it returns carry the zero-padded tensors that they are views of as `room`: of one shape over
+    many tokens, which spares a CPU's kernels from being made anew for every length.
+    """
+
+    _room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key_states, value_states, *args, **kwargs):  # noqa: D102
+        if torch.is_grad_enabled():
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        if not self._fits(stop, key_states):
+            size = (stop // ROOM + 1) * ROOM
+            self._room = tuple(x.new_zeros(*x.shape[:2], size, x.shape[-1]) for x in (key_states, value_states))
+            if start:
+                self._room[0][:, :, :start], self._room[1][:, :, :start] = self.keys, self.values
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, start:stop] = new
+        self.keys, self.values = (room[:, :, :stop] for room in self._room)
+        self.keys.room, self.values.room = self._room
+        return self.keys, self.values
+
+    def _fits(self, stop: int, new: torch.Tensor) -> bool:
+        """Whether keys and values still lie in the room (reordering moves them) and `stop` tokens fit in."""
+        if self._room is None or stop > self._room[0].shape[2] or self._room[0].shape[:2] != new.shape[:2]:
+            return False
+        held = zip((self.keys, self.values), self._room, strict=True)
+        return not self.keys.numel() or all(kept.data_ptr() == room.data_ptr() for kept, room in held)
+
+
 def fit_cache(cache: Cache | None, config: HaploConfig) -> None:
     """Makes room in a cache behind the language model's layers: for the pre-decoder, and last for rotary positions.
 
@@ -19,8 +58,13 @@ def fit_cache(cache: Cache | None, config: HaploConfig) -> None:
     if offloading or not (growing or type(cache) is StaticCache):
         kind = f"offloaded {type(cache).__name__}" if offloading else type(cache).__name__
         raise ValueError(f"HaploVL generates with a DynamicCache or a StaticCache that is not offloaded, not {kind}")
+    if growing:
+        cache.layers = [
+            GrowingLayer() if type(layer) is DynamicLayer and not layer.is_initialized else layer
+            for layer in cache.layers
+        ]
     for _ in range(layers - len(cache.layers)):
-        cache.layers.append(DynamicLayer() if growing else StaticLayer(max_cache_len=cache.get_max_length()))
+        cache.layers.append(GrowingLayer() if growing else StaticLayer(max_cache_len=cache.get_max_length()))
 
 
 def remember_positions(cache: Cache, positions: torch.Tensor) -> None:
