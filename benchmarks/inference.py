@@ -4,7 +4,8 @@
 
 Every configuration and precision runs in a process of its own, so that its peak memory is its own. Each figure is a
 median, and the machine's ceilings (matrix product, memory copy) are measured in the same process, in turns with it.
-Prefill is one forward pass over an image and text; decode is `generate` with a cache, one answer at a time.
+Prefill is one forward pass over an image and text; decode is `generate` with a cache, one answer at a time. The model
+is measured as `from_pretrained` gives it, and packed for a CPU, as `haplovl ask`, `chat` and `evaluate` use it.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
-from haplovl.model import HaploConfig, HaploForConditionalGeneration, HaploPreDecoderConfig
+from haplovl.model import HaploConfig, HaploForConditionalGeneration, HaploPreDecoderConfig, pack_for_cpu
 from haplovl.model.layout import ImageGrid, single_tile
 
 CONFIGURATIONS = {
@@ -186,52 +187,79 @@ def core_grid(model: HaploForConditionalGeneration) -> ImageGrid:
 def measure(name: str, precision: str, repeats: int) -> dict[str, float]:
     """All figures of one configuration and precision."""
     dtype, imports = DTYPES[precision], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    model = build(name, dtype)
-    inputs = prompt(model)
-    length = inputs["input_ids"].shape[1]
-    rows: dict[str, list[float]] = {
-        key: [] for key in ("prefill", "decode", "naive_prefill", "naive_decode", "rate", "copy")
+    plain = build(name, dtype)
+    weights = {
+        "parameters": sum(p.numel() for p in plain.parameters()),
+        "weight_bytes": sum(p.nbytes for p in plain.parameters()),
     }
-
-    @torch.inference_mode()
-    def generate(count: int) -> torch.Tensor:
-        return model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-
-    @torch.inference_mode()
-    def prefill() -> None:
-        model(**inputs, use_cache=True, logits_to_keep=1)
-
-    generate(3), prefill()
-    # Before the ceilings are measured, whose buffers are large; less what the imports hold.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - imports
-    for _ in range(repeats):
-        rows["rate"].append(matmul_rate(dtype))
-        rows["prefill"].append(statistics.median(seconds(prefill) for _ in range(3)))
-        rows["copy"].append(copy_bandwidth())
-        first, all_ = seconds(lambda: generate(1)), seconds(lambda: generate(NEW_TOKENS + 1))
-        rows["decode"].append((all_ - first) / NEW_TOKENS)
-    naive = Naive(model)
-    if precision == "fp32" and not torch.equal(naive.generate(inputs, 5), generate(5)):
+    streamed, inputs = streamed_bytes(plain), prompt(plain)
+    length = inputs["input_ids"].shape[1]
+    work = prefill_flops(plain, length)
+    naive = Naive(plain)
+    packed = pack_for_cpu(build(name, dtype))
+    ways = {"packed": packed, "plain": plain, "naive": naive}
+    if precision == "fp32" and not torch.equal(naive.generate(inputs, 5), generate(packed, inputs, 5)):
         raise SystemExit("error: the naive implementation gives other tokens; the comparison means nothing")
-    for _ in range(max(1, repeats // 2)):
-        first, all_ = (seconds(lambda n=n: naive.generate(inputs, n)) for n in (1, NEW_TOKENS + 1))
-        rows["naive_prefill"].append(first)
-        rows["naive_decode"].append((all_ - first) / NEW_TOKENS)
+    rows: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        rows.setdefault("rate", []).append(matmul_rate(dtype))
+        rows.setdefault("copy", []).append(copy_bandwidth())
+        for way, model in ways.items():
+            rows.setdefault(f"{way}_prefill", []).append(prefill_seconds(model, inputs))
+            rows.setdefault(f"{way}_decode", []).append(decode_seconds(model, inputs))
     middle = {key: statistics.median(values) for key, values in rows.items()}
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        **weights,
         "prompt_tokens": length,
-        "prefill_seconds": middle["prefill"],
-        "decode_tokens_per_second": 1 / middle["decode"],
-        "peak_memory_bytes": peak,
-        "weight_bytes": sum(p.nbytes for p in model.parameters()),
+        "peak_memory_bytes": peak_memory(name, precision) - imports,
         "matmul_flops_per_second": middle["rate"],
         "copy_bytes_per_second": middle["copy"],
-        "prefill_matmul_share": prefill_flops(model, length) / middle["prefill"] / middle["rate"],
-        "decode_bandwidth_share": streamed_bytes(model) / middle["decode"] / middle["copy"],
-        "prefill_over_naive": middle["naive_prefill"] / middle["prefill"],
-        "decode_over_naive": middle["naive_decode"] / middle["decode"],
+        "prefill_seconds": middle["packed_prefill"],
+        "decode_tokens_per_second": 1 / middle["packed_decode"],
+        "prefill_matmul_share": work / middle["packed_prefill"] / middle["rate"],
+        "decode_bandwidth_share": streamed / middle["packed_decode"] / middle["copy"],
+        "plain_prefill_matmul_share": work / middle["plain_prefill"] / middle["rate"],
+        "plain_decode_bandwidth_share": streamed / middle["plain_decode"] / middle["copy"],
+        "prefill_over_naive": middle["naive_prefill"] / middle["packed_prefill"],
+        "decode_over_naive": middle["naive_decode"] / middle["packed_decode"],
+        "prefill_over_plain": middle["plain_prefill"] / middle["packed_prefill"],
+        "decode_over_plain": middle["plain_decode"] / middle["packed_decode"],
     }
+
+
+@torch.inference_mode()
+def generate(model: Any, inputs: dict[str, torch.Tensor], count: int) -> torch.Tensor:
+    """Exactly `count` greedy tokens after the prompt."""
+    if isinstance(model, Naive):
+        return model.generate(inputs, count)
+    return model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+
+
+@torch.inference_mode()
+def prefill_seconds(model: Any, inputs: dict[str, torch.Tensor]) -> float:
+    """Median of three forward passes over the prompt."""
+    if isinstance(model, Naive):
+        return seconds(lambda: model.generate(inputs, 1))
+    return statistics.median(seconds(lambda: model(**inputs, use_cache=True, logits_to_keep=1)) for _ in range(3))
+
+
+def decode_seconds(model: Any, inputs: dict[str, torch.Tensor]) -> float:
+    """Time of one more token: many tokens less one, so that the prompt cancels out."""
+    first, all_ = (seconds(lambda n=n: generate(model, inputs, n)) for n in (1, NEW_TOKENS + 1))
+    return (all_ - first) / NEW_TOKENS
+
+
+def peak_memory(name: str, precision: str) -> int:
+    """Peak resident bytes of a process that builds the model, packs it and answers once."""
+    command = [sys.executable, __file__, "--only", name, precision, "--peak"]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+
+
+def print_peak(name: str, precision: str) -> None:
+    """What `peak_memory` reads."""
+    model = pack_for_cpu(build(name, DTYPES[precision]))
+    generate(model, prompt(model), 16)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def main() -> None:
@@ -240,7 +268,11 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("--repeats", type=int, default=5, help="rounds per figure (default: 5)")
     parser.add_argument("--only", nargs=2, metavar=("SIZE", "PRECISION"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.peak:
+        print_peak(*options.only)
+        return
     if options.only:
         print(json.dumps(measure(*options.only, options.repeats)))
         return
@@ -267,8 +299,8 @@ def _report(results: dict[tuple[str, str], dict[str, float]]) -> dict[str, Any]:
     figures = {}
     for precision in DTYPES:
         own = results["65M", precision]
-        names = ("decode_bandwidth_share", "prefill_matmul_share", "decode_tokens_per_second", "prefill_seconds",
-                 "peak_memory_bytes", "decode_over_naive", "prefill_over_naive")  # fmt: skip
+        names = [name for name in own if name.endswith(("_share", "_over_naive", "_over_plain", "_per_second"))]
+        names += ["prefill_seconds", "peak_memory_bytes"]
         figures |= {f"{key}_{precision}": own[key] for key in names}
     figures["decode_over_naive"] = figures["decode_over_naive_fp32"]
     figures["prefill_over_naive"] = figures["prefill_over_naive_fp32"]
@@ -277,24 +309,19 @@ def _report(results: dict[tuple[str, str], dict[str, float]]) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
-            "threads": torch.get_num_threads()}  # fmt: skip
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def _show(results: dict[tuple[str, str], dict[str, float]]) -> None:
     machine = _machine()
     table = Table(title=f"inference, {machine['cores']} cores, torch {machine['torch']}")
-    columns = (
-        "model",
-        "prefill",
-        "of matmul rate",
-        "× naive",
-        "decode",
-        "of bandwidth",
-        "× naive",
-        "peak memory",
-        "weights",
-    )
+    speeds = ("of ceiling", "unpacked", "× naive")
+    columns = ("model", "prefill", *speeds, "decode", *speeds, "peak memory", "weights")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for (name, precision), r in results.items():
@@ -302,20 +329,22 @@ def _show(results: dict[tuple[str, str], dict[str, float]]) -> None:
             f"{name} {precision}",
             f"{r['prefill_seconds'] * 1000:.0f} ms",
             f"{r['prefill_matmul_share']:.0%}",
+            f"{r['plain_prefill_matmul_share']:.0%}",
             f"{r['prefill_over_naive']:.2f}",
             f"{r['decode_tokens_per_second']:.0f}/s",
             f"{r['decode_bandwidth_share']:.0%}",
+            f"{r['plain_decode_bandwidth_share']:.0%}",
             f"{r['decode_over_naive']:.2f}",
             f"{r['peak_memory_bytes'] / 2**20:.0f} MiB",
             f"{r['weight_bytes'] / 2**20:.0f} MiB",
         )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    rates = results["65M", "fp32"], results["65M", "bf16"]
+    exact, half = results["65M", "fp32"], results["65M", "bf16"]
+    rates = [f"{r['matmul_flops_per_second'] / 1e9:.0f}" for r in (exact, half)]
     console.print(
-        f"prompt of {rates[0]['prompt_tokens']:.0f} tokens; ceilings: matrix product of 2048³ "
-        f"{rates[0]['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s fp32, {rates[1]['matmul_flops_per_second'] / 1e9:.0f} "
-        f"bf16; copy {rates[0]['copy_bytes_per_second'] / 1e9:.0f} GB/s"
+        f"prompt of {exact['prompt_tokens']:.0f} tokens; ceilings: matrix product of 2048³ {rates[0]} GFLOP/s fp32, "
+        f"{rates[1]} bf16; copy {exact['copy_bytes_per_second'] / 1e9:.0f} GB/s"
     )
 
 

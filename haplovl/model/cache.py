@@ -5,7 +5,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 
 from haplovl.model.configuration import HaploConfig
 
-
 ROOM = 256
 """Tokens by which a growing cache makes room."""
 
@@ -13,8 +12,8 @@ ROOM = 256
 class GrowingLayer(DynamicLayer):
     """A dynamic layer that grows in place, where DynamicLayer copies all keys and values at every token.
 
-    The keys and values that it returns carry the zero-padded tensors that they are views of as `room`: of one shape over
-    many tokens, which spares a CPU's kernels from being made anew for every length.
+    The keys and values that it returns carry the zero-padded tensors that they are views of as `room`: of one shape
+    over many tokens, which spares a CPU's kernels from being made anew for every length.
     """
 
     _room: tuple[torch.Tensor, torch.Tensor] | None = None

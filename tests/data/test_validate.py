@@ -14,10 +14,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from haplovl.pictures import ImageError, decode_bytes, open_image, resolve_inside
 from haplovl.data.suite import CHECKS
 from haplovl.data.validate import split_of
 from haplovl.data.validated import ImageFile, ValidatedRecord, read_validated, write_validated
+from haplovl.pictures import ImageError, decode_bytes, open_image, resolve_inside
 from haplovl.records import Record, Turn
 from haplovl.settings import SplitShares
 

@@ -11,7 +11,7 @@ from haplovl.model import pack_for_cpu
 from haplovl.model.cache import ROOM, GrowingLayer
 from haplovl.model.decoder import eager_attention, matmul_attention
 from haplovl.model.inherit import inherit
-from haplovl.model.packed import PackedLinear, PackedPart, can_pack
+from haplovl.model.packed import PackedPart, can_pack
 
 # Sums in another order, as with any other matrix product: measured 7e-7 on logits of about 1.
 TOLERANCE = 1e-5
