@@ -140,7 +140,7 @@ def _encode_pairs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     processor = HaploImageProcessor(image_size, image_size)  # one patch: only the pixels matter here
     pictures = [open_image(RAW / "images" / item.images[0].path) for item, _ in pairs]
-    pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+    pixels = processor(pictures, return_tensors="pt")["pixel_values"][:, 0]  # one tile each
     captions = [caption + tokenizer.eos_token for _, caption in pairs]
     text = tokenizer(captions, padding=True, return_tensors="pt", add_special_tokens=False, padding_side="right")
     return pixels, text["input_ids"], text["attention_mask"]
