@@ -356,8 +356,11 @@ class Screen:
         return seen.decode(errors="replace")
 
 
-def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(tiny_model_dir, pictures) -> None:
-    screen = Screen("--model", tiny_model_dir, "--image", pictures[0].path, "--max-new-tokens", 1900)
+def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(tiny_model_dir, pictures, tmp_path) -> None:
+    endless = shutil.copytree(tiny_model_dir, tmp_path / "endless")  # its answer must not end by itself before Ctrl-C
+    settings = json.loads((endless / "generation_config.json").read_text())
+    (endless / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": None}))
+    screen = Screen("--model", endless, "--image", pictures[0].path, "--max-new-tokens", 1900)
     try:
         shown = screen.until("> ")
         assert "Ask something; /help lists the commands" in shown and "0.png" in shown
