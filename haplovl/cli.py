@@ -145,6 +145,7 @@ def import_released(
     target: Annotated[Path, typer.Argument(help="The folder to write.")],
 ) -> None:
     """Turn a released HaploVL checkpoint into one of ours."""
+    _only_errors_of_transformers()
     from haplovl.errors import UserError
     from haplovl.model.import_released import import_released
 
@@ -160,6 +161,7 @@ def export_released(
     target: Annotated[Path, typer.Argument(help="The folder to write.")],
 ) -> None:
     """Write a model of ours in the layout of the authors' release; what that cannot hold is refused by name."""
+    _only_errors_of_transformers()
     from haplovl.errors import UserError
     from haplovl.model.export_released import export_released
 

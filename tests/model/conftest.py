@@ -1,4 +1,4 @@
-"""Checkpoint folders in the layout of the authors' release, made of the public reference's vectors."""
+"""One thread for tiny models, and checkpoint folders of the authors' layout, made of the public reference's vectors."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Several threads would only wait for each other on tiny models; on a busy machine they take thrice as long."""
+    """Threads that share tiny matrices wait for each other: on a busy machine one is several times faster."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

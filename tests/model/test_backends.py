@@ -20,15 +20,6 @@ INCREMENTS = [(0.0, 1.0), (0.25, 0.5), (0.0, 0.0)]
 PICTURE, FRAMES = ImageGrid(1, 2, 1, 2, 3, 4, 2, 3), 2
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The matrices are too small to be worth more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def set_backends(model, pre, post=None):
     """Sets the configurations themselves, as set_attn_implementation checks for installed kernels."""
     model.config._attn_implementation = pre

@@ -127,15 +127,12 @@ def _changed(piece, block):
 
 @pytest.fixture(scope="module")
 def shared(vision, language, model_settings, processor):
-    """One tiny model for all examples, on one thread: its matrices are too small to be worth more."""
+    """One tiny model for all examples."""
     from haplovl.model.inherit import inherit
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(3)
     ids = (processor.image_token_id, len(processor.tokenizer), processor.video_token_id)
-    yield inherit(vision, language, model_settings, *ids).eval()
-    torch.set_num_threads(threads)
+    return inherit(vision, language, model_settings, *ids).eval()
 
 
 def of_kind(model, kind):

@@ -11,12 +11,10 @@ from haplovl.model import pack_for_cpu
 from haplovl.model.cache import ROOM, GrowingLayer
 from haplovl.model.decoder import eager_attention, matmul_attention
 from haplovl.model.inherit import inherit
-from haplovl.model.packed import PackedPart, can_pack
+from haplovl.model.packed import PackedPart
 
 # Sums in another order, as with any other matrix product: measured 7e-7 on logits of about 1.
 TOLERANCE = 1e-5
-
-needs_onednn = pytest.mark.skipif(not can_pack(), reason="this torch has no oneDNN")
 
 
 @pytest.fixture
@@ -27,7 +25,6 @@ def inputs(processor):
     return processor(text=texts, images=images, padding=True, return_tensors="pt")
 
 
-@needs_onednn
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_packed_model_gives_the_same_logits_and_answers(vision, language, model_settings, processor, inputs, biased):
     if biased:  # a language model with biases, whose three projections become one
@@ -49,7 +46,6 @@ def test_a_packed_model_gives_the_same_logits_and_answers(vision, language, mode
         assert torch.equal(packed.generate(**inputs, **options), plain.generate(**inputs, **options))
 
 
-@needs_onednn
 def test_in_half_precision_it_differs_no_more_than_the_plain_model_does(model, inputs):
     real = inputs["attention_mask"].bool()
     with torch.inference_mode():
@@ -63,7 +59,6 @@ def test_in_half_precision_it_differs_no_more_than_the_plain_model_does(model, i
     assert (found - exact).abs().mean() < 1.5 * (plain - exact).abs().mean()
 
 
-@needs_onednn
 def test_a_packed_model_refuses_to_be_saved(model, tmp_path):
     with pytest.raises(ValueError, match="packed for answering"):
         pack_for_cpu(model).save_pretrained(tmp_path)

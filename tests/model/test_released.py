@@ -24,15 +24,6 @@ INPUTS = {"input_ids", "attention_mask", "attention_allowed", "pixel_values", "p
 NEW_TOKENS = MANIFEST["num_new_tokens"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that share tiny matrices wait for each other: on a busy machine this is 20 times faster."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory, released_source):
     """`load(case, backend)`: model and processor of a case; every checkpoint is imported and loaded once."""

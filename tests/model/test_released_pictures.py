@@ -28,15 +28,6 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that share tiny matrices wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def parts(tokenizer, tile, patch, max_tiles, points):
     """Processor and image embedding of a released checkpoint."""
     images = HaploImageProcessor(tile, patch, max_tiles, tiling="released", image_grid_pinpoints=points)
