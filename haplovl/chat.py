@@ -1,6 +1,5 @@
 """A conversation with a trained model: its history, its pictures and videos, and the cache that keeps what was read."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from haplovl.errors import UserError
 from haplovl.evaluate.answer import Confidence, load_model, one_line
+from haplovl.model.generation import context_of
 from haplovl.model.processing import IMAGE_TOKEN, VIDEO_TOKEN
 from haplovl.model.videos import read_frames
 from haplovl.pictures import ImageError, open_image
@@ -170,7 +170,7 @@ class Chat:
 
     def _limit(self, length: int) -> int:
         """The most tokens that an answer to a prompt of this length can have."""
-        context = context_of(self.model.config.text_config)
+        context = context_of(self.model.config)
         if length >= context:
             raise ContextFull(
                 f"there are {length} tokens with this message; the model's context of {context} leaves no room "
@@ -231,12 +231,6 @@ class _Pieces(TextStreamer):
         self.said += piece
         if piece:
             self.show(piece)
-
-
-def context_of(text_config: Any) -> float:
-    """How many tokens the language model reads. The mask models no sliding window, so that is a limit as well."""
-    window = getattr(text_config, "use_sliding_window", True) and getattr(text_config, "sliding_window", None)
-    return min(getattr(text_config, "max_position_embeddings", None) or math.inf, window or math.inf)
 
 
 def ask(

@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList, set_seed
 from typer.testing import CliRunner
 
-from haplovl.chat import Chat, ContextFull, Medium, context_of, open_picture, open_video
+from haplovl.chat import Chat, ContextFull, Medium, open_picture, open_video
 from haplovl.cli import app
 from haplovl.errors import UserError
 from haplovl.evaluate.answer import Confidence, load_model
@@ -196,9 +196,15 @@ def test_a_full_context_is_an_error_and_forgetting_helps(short_model_dir: Path, 
 def test_a_sliding_window_is_a_limit_only_where_it_is_used() -> None:
     from transformers import MistralConfig, Qwen2Config
 
-    assert context_of(MistralConfig(max_position_embeddings=100, sliding_window=10)) == 10
-    assert context_of(MistralConfig(max_position_embeddings=100, sliding_window=None)) == 100
-    assert context_of(Qwen2Config(max_position_embeddings=100, sliding_window=10, use_sliding_window=False)) == 100
+    from haplovl.model import HaploConfig
+    from haplovl.model.generation import context_of
+
+    def limit(kind, **window):
+        return context_of(HaploConfig(text_config=kind(max_position_embeddings=100, **window)))
+
+    assert limit(MistralConfig, sliding_window=10) == 10
+    assert limit(MistralConfig, sliding_window=None) == 100
+    assert limit(Qwen2Config, sliding_window=10, use_sliding_window=False) == 100
 
 
 # The command, from a pipe

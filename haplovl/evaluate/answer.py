@@ -15,8 +15,6 @@ from transformers.utils.logging import disable_progress_bar
 from haplovl.errors import UserError
 from haplovl.pictures import open_image
 
-MIDDLE_GRAY = (0.5, 0.5, 0.5)
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -72,17 +70,10 @@ def scored_answers(
     return [answers[i] for i in range(len(questions))]
 
 
-def mean_colour(processor: Any) -> tuple[int, int, int]:
-    """The colour that the image processor's normalisation turns into zero: its mean over its own training pictures."""
-    mean = getattr(processor.image_processor, "image_mean", None) or MIDDLE_GRAY
-    red, green, blue = (round(255 * value) for value in mean)
-    return red, green, blue
-
-
 def blank(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """A picture of the same size in one colour.
 
-    The colour must be the processor's mean (`mean_colour`), never the mean of the picture itself: that would give away
+    The colour must be the image processor's `mean_colour`, never the mean of the picture itself: that would give away
     how bright the scene is, hence how many digits it holds, and its colour.
     """
     return Image.new("RGB", image.size, colour)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from haplovl.errors import UserError
-from haplovl.evaluate.answer import Answer, blank, load_model, mean_colour, scored_answers
+from haplovl.evaluate.answer import Answer, blank, load_model, scored_answers
 from haplovl.evaluate.questions import Question, digest, held_out_questions
 from haplovl.evaluate.report import write_report
 from haplovl.evaluate.scorers import Outcome, score
@@ -56,7 +56,7 @@ def ask_all(
     with reporter("questions", len(questions)) as report:
         seen = scored_answers(model, processor, texts, pictures, **limits, progress=report.update)
 
-    colour = mean_colour(processor)
+    colour = processor.image_processor.mean_colour
     # Blanked out, many questions are the same one: equal words and equal picture sizes. Each is asked once.
     keys = [(q.question, tuple((image.width, image.height) for image in q.images)) for q in questions]
     first = {key: i for i, key in reversed(list(enumerate(keys)))}

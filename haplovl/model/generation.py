@@ -11,7 +11,7 @@ from haplovl.model.attention import number_blocks
 from haplovl.model.cache import fit_cache, next_positions
 from haplovl.model.configuration import HaploConfig
 from haplovl.model.layout import single_tile
-from haplovl.model.media import image_sizes, media_masks, read_grids, video_sizes
+from haplovl.model.media import image_sizes, media_masks, number_media, read_grids, video_sizes
 
 MEDIA_INPUTS = ("pixel_values", "image_grids", "pixel_values_videos", "video_frames")
 SEQUENCE_FIELDS = ("image_token_id", "video_token_id", "image_size", "frame_newlines")
@@ -65,12 +65,8 @@ class HaploGenerationMixin(GenerationMixin):
         return torch.nn.functional.pad(positions, (ids.shape[1] - new.shape[1], 0))
 
     def _blocks(self, input_ids: torch.Tensor, media: dict[str, Any]) -> torch.Tensor:
-        """Block numbers of a sequence, see `number_blocks`. [B, L]."""
-        is_image, is_video = media_masks(self.config, input_ids)
-        images, videos = self._sizes(media)
-        blocks = number_blocks(is_image, images)
-        frames = number_blocks(is_video, [size for video in videos for size in video])
-        return torch.where(is_video, frames + len(images), blocks)
+        """Block numbers of a sequence, see `number_media`. [B, L]."""
+        return number_media(*media_masks(self.config, input_ids), *self._sizes(media))
 
     def _sizes(self, media: dict[str, Any]) -> tuple[list[int], list[list[int]]]:
         """Tokens of every image, and of every block of every video."""
@@ -135,13 +131,13 @@ class HaploGenerationMixin(GenerationMixin):
 
     def _stay_in_context(self, generation_config, model_kwargs):
         """Ends generation where the language model's context, or its sliding window, is full."""
-        limits = [limit for limit in length_limits(self.config) if limit is not None]
+        context = context_of(self.config)
         given, mask = model_kwargs["position_ids"].shape[-1], model_kwargs.get("attention_mask")
         whole = mask.shape[1] if mask is not None else generation_config._mask_length
         # The last token is never fed back, so it needs no place in the context.
-        longest = min(limits, default=math.inf) + 1 - (whole - given)
+        longest = context + 1 - (whole - given)
         if generation_config.max_length > longest:
-            logger.warning_once(f"generation ends where the language model's context of {min(limits)} tokens is full")
+            logger.warning_once(f"generation ends where the language model's context of {context} tokens is full")
             generation_config.max_length = longest
 
     def _get_candidate_generator(self, *args, assistant_model=None, **kwargs):
@@ -182,6 +178,11 @@ def length_limits(config: HaploConfig) -> tuple[int | None, int | None]:
     text = config.text_config
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     return getattr(text, "max_position_embeddings", None), window
+
+
+def context_of(config: HaploConfig) -> float:
+    """How many tokens the language model reads. The mask models no sliding window, so that is a limit as well."""
+    return min((limit for limit in length_limits(config) if limit is not None), default=math.inf)
 
 
 def _cached_tokens(model_kwargs: dict[str, Any]) -> int:

@@ -43,6 +43,13 @@ def single_tile(rows: int, columns: int) -> ImageGrid:
     return ImageGrid(1, 1, 0, 0, rows, columns, rows, columns)
 
 
+def video_blocks(frames: int, grid: ImageGrid, class_token: bool, newline: bool, frame_newlines: bool) -> list[int]:
+    """Sequence positions of every block of a video: its frames, and the newline that ends it without `frame_newlines`
+    (the released layout)."""
+    end = [1] if newline and not frame_newlines else []
+    return [grid.tokens(class_token, newline and frame_newlines)] * frames + end
+
+
 @dataclass(frozen=True)
 class Placement:
     """How the pixels of a picture come into its tiles: resized to `size`, put at `offset`, both (rows, columns).

@@ -7,7 +7,7 @@ import torch
 
 from haplovl.model.attention import number_blocks
 from haplovl.model.configuration import HaploConfig
-from haplovl.model.layout import ImageGrid, patches_per_side, single_tile
+from haplovl.model.layout import ImageGrid, patches_per_side, single_tile, video_blocks
 
 
 @dataclass
@@ -50,9 +50,7 @@ class Media:
         has_media = bool((is_image | is_video).any()) or bool(sizes) or bool(frame_sizes)
         if not has_media:
             return cls()
-        blocks = number_blocks(is_image, sizes)
-        video_blocks = number_blocks(is_video, [size for video in frame_sizes for size in video])
-        blocks = torch.where(is_video, video_blocks + len(sizes), blocks)
+        blocks = number_media(is_image, is_video, sizes, frame_sizes)
         return cls(blocks, is_image, is_video, images, grids, videos, frames, frame_grid(config) if frames else None)
 
     def blocks_or_text(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -65,6 +63,15 @@ def media_masks(config: HaploConfig, input_ids: torch.Tensor) -> tuple[torch.Ten
     is_image = input_ids == config.image_token_id
     no_video = config.video_token_id is None
     return is_image, torch.zeros_like(is_image) if no_video else input_ids == config.video_token_id
+
+
+def number_media(
+    is_image: torch.Tensor, is_video: torch.Tensor, images: list[int], videos: list[list[int]]
+) -> torch.Tensor:
+    """Numbers the blocks of images, then of videos, by the tokens of every block: see `number_blocks`."""
+    blocks = number_blocks(is_image, images)
+    frames = number_blocks(is_video, [size for video in videos for size in video])
+    return torch.where(is_video, frames + len(images), blocks)
 
 
 def image_sizes(config: HaploConfig, grids: Sequence[ImageGrid]) -> list[int]:
@@ -80,12 +87,11 @@ def frame_grid(config: HaploConfig) -> ImageGrid:
 
 
 def video_sizes(config: HaploConfig, frames: Sequence[int]) -> list[list[int]]:
-    """Tokens of every block of every video: its frames, and the newline that ends it in the released layout."""
-    pre = config.pre_config
-    newline = pre.image_newline and config.frame_newlines
-    per_frame = frame_grid(config).tokens(pre.class_token, newline)
-    end = [1] if pre.image_newline and not config.frame_newlines else []
-    return [[per_frame] * count + end for count in frames]
+    """Tokens of every block of every video."""
+    pre, grid = config.pre_config, frame_grid(config)
+    return [
+        video_blocks(count, grid, pre.class_token, pre.image_newline, config.frame_newlines) for count in frames
+    ]  # fmt: skip
 
 
 def read_grids(image_grids: torch.Tensor | Sequence) -> list[ImageGrid]:

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from haplovl.model.layout import ImageGrid, single_tile
+from haplovl.model.layout import ImageGrid, single_tile, video_blocks
 from haplovl.pictures import ImageError, local_path
 
 IMAGE_TOKEN = "<image>"
@@ -63,9 +63,7 @@ class HaploProcessor(ProcessorMixin):
         """Sequence positions of a video of this many frames."""
         side = self.image_processor.image_size // self.image_processor.patch_size
         grid = single_tile(side, side)
-        if self.frame_newlines:
-            return frames * self.grid_tokens(grid)
-        return frames * grid.tokens(self.class_token, False) + int(self.image_newline)
+        return sum(video_blocks(frames, grid, self.class_token, self.image_newline, self.frame_newlines))
 
     def __call__(
         self,

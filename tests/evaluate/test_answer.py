@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from haplovl.evaluate.answer import _until_end, answer, blank, load_model, mean_colour, scored_answers
+from haplovl.evaluate.answer import _until_end, answer, blank, load_model, scored_answers
 
 QUESTIONS = ["What colour is the 3?", "Where is the 2?", "Which picture has more digits?", "How much is one and one?"]
 
@@ -63,7 +63,7 @@ def test_confidence_is_the_mean_log_probability_of_the_answer(tiny_model_dir: Pa
 
 def test_the_mean_colour_becomes_zero(tiny_model_dir: Path) -> None:
     _, processor = load_model(tiny_model_dir)
-    picture = Image.new("RGB", (32, 32), mean_colour(processor))
+    picture = Image.new("RGB", (32, 32), processor.image_processor.mean_colour)
     pixels = processor.image_processor([picture], return_tensors="pt")["pixel_values"]
     assert pixels.abs().max() < 0.01
 
