@@ -203,6 +203,10 @@ class BatchSettings(Strict):
 
     rows: PositiveInt
     row_tokens: PositiveInt
+    row_images: PositiveInt | None = None
+    """Most pictures in a row, which bounds the memory of their pixels; no bound by default."""
+    lookahead: PositiveInt = 4096
+    """Documents that packing may choose from, to fill the gaps of long ones with short ones."""
 
 
 class StageMixture(Strict):
@@ -245,10 +249,21 @@ class Stage1Settings(StageSettings):
     """tau of the current-token prediction."""
 
 
+class LoraSettings(Strict):
+    """Low-rank adapters on the linear layers of the language model, instead of tuning its weights (arXiv 2106.09685)."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    """Scale: adapters are added with the factor alpha / rank."""
+    dropout: Share = 0.0
+
+
 class Stage2Settings(StageSettings):
     """Full instruction tuning."""
 
     objective: Literal["instruction"] = "instruction"
+    lora: LoraSettings | None = None
+    """Adapters on the post-decoder, merged into it at the end; by default all its weights are tuned."""
 
 
 # --- evaluate, register ---------------------------------------------------------------------------------------------
@@ -299,11 +314,33 @@ class ComputeProfile(Strict):
     processes: PositiveInt = 1
     threads: PositiveInt | None = None
     """CPU threads per process; all cores by default."""
-    zero_stage: Literal[0, 1, 2] = 0
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed splits over the processes: 1 optimiser states, 2 also gradients, 3 also weights."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What rests in the memory of the CPU: optimiser states (ZeRO 1 to 3), or also the weights (ZeRO 3)."""
+    activation_checkpointing: bool = False
+    """Recompute every layer in the backward pass: a quarter more work for a fraction of the memory."""
     micro_batch_rows: PositiveInt
     """Rows per forward pass on one process; the rest of a step's rows is gradient accumulation."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention backend of training; on CPUs, eager is the faster one in bfloat16."""
+    attention: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
+    """Attention backend of training: flex_attention on GPUs; on CPUs, eager is the faster one in bfloat16."""
+    loader_workers: PositiveInt = 2
+    """Threads per process that decode pictures and pack rows beside the training step."""
+    accelerator: str | None = None
+    """Name of one device as its maker calls it, for people."""
+    memory_gib: PositiveFloat | None = None
+    """Memory of one device, which `haplovl plan` measures its estimate against."""
+    peak_tflops: PositiveFloat | None = None
+    """Dense bfloat16 peak of one device, in 10^12 operations a second: what model FLOPs utilisation (MFU) refers to."""
+    price_per_hour: PositiveFloat | None = None
+    """Price of one device for an hour, in US dollars."""
+
+    @model_validator(mode="after")
+    def _offload_what_is_split(self) -> "ComputeProfile":
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"offload: {self.offload} needs zero_stage {least} or more, found {self.zero_stage}")
+        return self
 
 
 def load_params(path: Path | str = PARAMS_FILE) -> Params:
