@@ -250,7 +250,7 @@ class Stage1Settings(StageSettings):
 
 
 class LoraSettings(Strict):
-    """Low-rank adapters on the linear layers of the language model, instead of tuning its weights (arXiv 2106.09685)."""
+    """Low-rank adapters on the language model's linear layers instead of tuning its weights (arXiv 2106.09685)."""
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
