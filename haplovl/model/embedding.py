@@ -100,6 +100,18 @@ class HaploImageEmbedding(nn.Module):
             tokens = torch.cat([first, tokens], dim=1)
         return tokens
 
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether ZeRO 3 has split the weights over processes, which then must use them together."""
+        return hasattr(self.patch.weight, "ds_id")
+
+    def blank(self) -> torch.Tensor:
+        """The tokens of one blank patch: they let a batch of text alone use every weight, as all processes must."""
+        weight = self.patch.weight
+        size = self.config.patch_size
+        pixels = torch.zeros(1, self.config.num_channels, size, size, device=weight.device, dtype=weight.dtype)
+        return self(pixels, [single_tile(1, 1)])
+
     def is_patch(self, grids: Sequence[ImageGrid]) -> torch.Tensor:
         """Which tokens of the pictures are patches: class and newline tokens are not. [tokens] bool."""
         flags = []

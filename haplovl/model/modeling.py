@@ -127,6 +127,8 @@ class HaploModel(HaploPreTrainedModel):
             x = self.text_projection(x.to(self.text_projection.weight.dtype))
         if media.images is not None:
             x = x.masked_scatter(media.is_image[..., None], self._image_tokens(media).to(x.dtype))
+        elif media.videos is None and (self.training or self.image_embedding.is_partitioned):
+            x = x + 0.0 * self.image_embedding.blank().sum()
         if media.videos is not None:
             x = x.masked_scatter(media.is_video[..., None], self._video_tokens(media).to(x.dtype))
         return x
