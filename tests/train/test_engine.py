@@ -89,7 +89,8 @@ def test_resuming_gives_the_same_bytes_and_any_other_split_the_same_losses(job, 
         runs, same = all_stages(tmp_path, f"whole{world}-"), all_stages(tmp_path, f"same{world}-")
         for run, resumed in zip(runs, same, strict=True):
             run["save"] = resumed["resume"] = str(tmp_path / f"state{world}-{run['zero']}")
-        spawn(world, {**job, "runs": runs + same}, tmp_path)
+        # One stage after the other: ZeRO 3 leaves another linear layer behind in its process.
+        spawn(world, {**job, "runs": [run for pair in zip(runs, same, strict=True) for run in pair]}, tmp_path)
         whole |= {(world, zero): torch.load(tmp_path / f"whole{world}-zero{zero}.pt") for zero in range(4)}
         again |= {(world, zero): torch.load(tmp_path / f"same{world}-zero{zero}.pt") for zero in range(4)}
     for key, run in whole.items():
