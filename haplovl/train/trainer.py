@@ -139,6 +139,7 @@ def _run(
         dist.get_rank(),
         dist.get_world_size(),
         settings.curriculum,
+        compute.loader_workers,
     )
     if isinstance(stage.objective, Distillation):
         stage.objective.frozen_to(device, DTYPES[settings.precision])
