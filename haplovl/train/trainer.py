@@ -195,6 +195,7 @@ def _loader(split: str, stage: Stage, seed: int, compute: ComputeProfile) -> Pac
         dist.get_rank(),
         dist.get_world_size(),
         stage.settings.curriculum,
+        compute.loader_workers,
     )
 
 
