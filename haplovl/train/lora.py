@@ -3,7 +3,9 @@
 peft holds the adapters; they live only while training runs and are merged into plain weights before anything is saved.
 """
 
+import re
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from haplovl.model import HaploForConditionalGeneration
 from haplovl.settings import LoraSettings
 
 ADAPTER = "default"
+ADAPTER_WEIGHT = re.compile(r"\.lora_[AB]\.")
 
 
 def add_adapters(model: HaploForConditionalGeneration, settings: LoraSettings, seed: int) -> int:
@@ -54,24 +57,45 @@ def add_adapters(model: HaploForConditionalGeneration, settings: LoraSettings, s
 def merge_adapters(model: HaploForConditionalGeneration) -> None:
     """Adds the adapters to the weights they belong to and takes them out again, in place; without any, does nothing.
 
-    The sum is computed in float32 and rounded once to the model's precision. What was frozen stays so. The weights must
-    be whole: under ZeRO 3 they are gathered first.
+    What was frozen stays so. The weights must be whole: under ZeRO 3 use `merged_weights`.
 
     Raises:
         ValueError: an adapter holds a number that is not finite.
     """
     for name, layer in _adapted(model).items():
-        base = layer.get_base_layer()
-        for part in (layer.lora_A, layer.lora_B):
-            part.float()
-        merged = base.weight.float() + layer.get_delta_weight(ADAPTER).float()
-        if not bool(merged.isfinite().all()):
-            raise ValueError(f"the adapter of {name} holds numbers that are not finite")
-        base.weight.copy_(merged)
+        base, down, up = layer.get_base_layer(), layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        base.weight.copy_(_merged(name, base.weight, down, up, layer.scaling[ADAPTER]))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)
     if hasattr(model.model.language_model, "peft_config"):
         del model.model.language_model.peft_config
+
+
+def merged_weights(weights: Mapping[str, torch.Tensor], settings: LoraSettings) -> dict[str, torch.Tensor]:
+    """A state dict with adapters as the plain one: merged as by `merge_adapters`, under the names of the model without.
+
+    For weights that were gathered from several processes; the model itself is left alone.
+
+    Raises:
+        ValueError: an adapter holds a number that is not finite.
+    """
+    plain = {}
+    for name, value in weights.items():
+        layer, inner, rest = name.rpartition(".base_layer.")
+        if inner and rest == "weight":
+            down, up = (weights[f"{layer}.{part}.{ADAPTER}.weight"] for part in ("lora_A", "lora_B"))
+            value = _merged(layer, value, down, up, settings.alpha / settings.rank)
+        if not ADAPTER_WEIGHT.search(name):
+            plain[f"{layer}.{rest}" if inner else name] = value
+    return plain
+
+
+def _merged(name: str, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    """weight [out, in] + scale · up [out, rank] · down [rank, in], in float32, rounded once."""
+    merged = weight.float() + scale * (up.float() @ down.float())
+    if not bool(merged.isfinite().all()):
+        raise ValueError(f"the adapter of {name} holds numbers that are not finite")
+    return merged.to(weight.dtype)
 
 
 def trainable_parameters(module: nn.Module) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from torch import nn
 from haplovl.errors import UserError
 from haplovl.model import HaploForConditionalGeneration
 from haplovl.settings import LoraSettings
-from haplovl.train.lora import add_adapters, merge_adapters, trainable_parameters
+from haplovl.train.lora import add_adapters, merge_adapters, merged_weights, trainable_parameters
 from haplovl.train.objectives import InstructionTuning
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "released"]
@@ -54,7 +54,10 @@ def test_adapters_are_added_trained_merged_and_saved_as_plain_weights(kind, tiny
     learnt = logits(model, batch)
     assert (learnt - untouched).abs().max() > 1e-3
 
+    merged = merged_weights(model.state_dict(), LoraSettings(rank=4, alpha=8.0))
+    model.save_pretrained(tmp_path / "gathered", state_dict=dict(merged))
     merge_adapters(model)
+    assert all(torch.equal(value, merged[name]) for name, value in model.state_dict().items())
     # Weights plus product instead of two products; logits reach 13, measured worst case 4e-6 (released), else 1e-6.
     assert torch.allclose(logits(model, batch), learnt, atol=1e-5, rtol=0)
     assert set(model.state_dict()) == names
@@ -64,12 +67,13 @@ def test_adapters_are_added_trained_merged_and_saved_as_plain_weights(kind, tiny
     assert torch.equal(model.lm_head.weight, head) and torch.equal(model.get_input_embeddings().weight, table)
     assert all(not torch.equal(p, dict(core.named_parameters())[n]) for n, p in before.items() if p.ndim == 2)
 
-    model.save_pretrained(tmp_path)
-    assert not list(tmp_path.glob("adapter*"))
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert not [name for name in file.keys() if "lora" in name or "base_layer" in name]  # noqa: SIM118
-    loaded = HaploForConditionalGeneration.from_pretrained(tmp_path).eval()
-    assert torch.allclose(logits(loaded, batch), learnt, atol=1e-5, rtol=0)
+    model.save_pretrained(tmp_path / "merged")
+    for folder in (tmp_path / "merged", tmp_path / "gathered"):
+        assert not list(folder.glob("adapter*"))
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            assert not [name for name in file.keys() if "lora" in name or "base_layer" in name]  # noqa: SIM118
+        loaded = HaploForConditionalGeneration.from_pretrained(folder).eval()
+        assert torch.allclose(logits(loaded, batch), learnt, atol=1e-5, rtol=0)
 
 
 def test_what_is_trained_is_counted(tiny):
