@@ -60,6 +60,9 @@ def train(
     compute: Annotated[
         str | None, typer.Option(help="Profile from infra/compute/; default: $HAPLOVL_COMPUTE or laptop.")
     ] = None,
+    resume_from: Annotated[
+        Path | None, typer.Option(help="A checkpoint of this run to go on from, instead of its newest one.")
+    ] = None,
 ) -> None:
     """Train one stage; a killed run continues from its last checkpoint."""
     # The teachers are whole by now: transformers' notes on loading (a CLIP's unused text tower) tell nothing new.
@@ -67,7 +70,7 @@ def train(
     from haplovl.settings import load_compute, load_params
     from haplovl.train.trainer import train_stage
 
-    train_stage(stage, load_params(), load_compute(compute))
+    train_stage(stage, load_params(), load_compute(compute), resume_from)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -38,6 +38,11 @@ class Batch:
     pixel_values: torch.Tensor | None
     image_grids: list[ImageGrid]
     record_ids: list[str]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on a device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ class PackedLoader:
         """This rank's micro-batches of a step."""
         per_rank = self.batch.rows // self.world
         rows = self.rows_of_step(step)[self.rank * per_rank : (self.rank + 1) * per_rank]
-        return [self._collate(rows[i : i + self.micro_rows]) for i in range(0, per_rank, self.micro_rows)]
+        return [self.collate(rows[i : i + self.micro_rows]) for i in range(0, per_rank, self.micro_rows)]
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yields steps start … stop − 1; the next one is decoded beside the caller's work."""
@@ -179,7 +184,8 @@ class PackedLoader:
                 upcoming = pool.submit(self.step, number + 1) if number + 1 < stop else None
                 yield ready
 
-    def _collate(self, rows: list[list[list[int]]]) -> Batch:
+    def collate(self, rows: list[list[list[int]]]) -> Batch:
+        """One micro-batch of rows."""
         shape = (len(rows), self.batch.row_tokens)
         input_ids = torch.zeros(shape, dtype=torch.long)
         labels = torch.full(shape, IGNORE)

@@ -68,7 +68,7 @@ class HaploImageEmbedding(nn.Module):
 
     def embed_tiles(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Patches with their positions: [T, C, H, W] → [T, rows, columns, pre-decoder width]."""
-        patches = self.patches(pixel_values.to(self.patch.weight.dtype))
+        patches = self.patches(pixel_values.to(self.position.dtype))
         _, rows, columns, _ = patches.shape
         return self.patch(patches) + resize_position_grid(self.position, rows, columns).reshape(rows, columns, -1)
 
@@ -99,6 +99,11 @@ class HaploImageEmbedding(nn.Module):
             first = (self.class_token + self.class_position).expand(count, tiles, width)
             tokens = torch.cat([first, tokens], dim=1)
         return tokens
+
+    def blank(self, like: torch.Tensor) -> torch.Tensor:
+        """The tokens of one blank patch, on the device of `like`: they let a batch of text alone use every weight."""
+        size = self.config.patch_size
+        return self(like.new_zeros(1, self.config.num_channels, size, size), [single_tile(1, 1)])
 
     def is_patch(self, grids: Sequence[ImageGrid]) -> torch.Tensor:
         """Which tokens of the pictures are patches: class and newline tokens are not. [tokens] bool."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -127,6 +128,9 @@ class HaploModel(HaploPreTrainedModel):
             x = self.text_projection(x.to(self.text_projection.weight.dtype))
         if media.images is not None:
             x = x.masked_scatter(media.is_image[..., None], self._image_tokens(media).to(x.dtype))
+        elif media.videos is None and (self.training or _is_distributed()):
+            # Processes that share the weights (ZeRO 3) or their gradients must use all of them in every step.
+            x = x + 0.0 * self.image_embedding.blank(x).sum()
         if media.videos is not None:
             x = x.masked_scatter(media.is_video[..., None], self._video_tokens(media).to(x.dtype))
         return x
@@ -316,6 +320,10 @@ class HaploModel(HaploPreTrainedModel):
         room = _static_size(cache)
         if 0 < room < total:
             raise ValueError(f"the static cache has room for {room} tokens, but the sequence has {total}")
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _static_size(cache: Cache | None) -> int:

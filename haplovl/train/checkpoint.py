@@ -1,83 +1,161 @@
-"""Training state on disk: complete checkpoints only, verified by hash, keyed by what decides the result."""
+"""Training state on disk: complete checkpoints only, verified by hash, keyed by what decides the result.
+
+A checkpoint is a folder `step-N` with one safetensors file per rank and, written after it, a marker with the file's
+hash. It is complete when all ranks' markers are there, so that no rank has to wait for another, and a thread can write
+beside the next steps.
+"""
 
 import json
+import random
 import shutil
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from haplovl.errors import UserError
 from haplovl.files import RUNS, read_json, sha256_of, write_json
+from haplovl.settings import fingerprint
+from haplovl.train.state import Pieces, restore, snapshot
 
 KEPT = 2
-MARKER = "complete.json"
+FINISHED = "finished.json"
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """The folder of one run's state, outside every DVC out: `runs/training/<stage>-<key>`."""
+class Checkpoint:
+    """A complete checkpoint: its folder and the markers of all ranks."""
 
     path: Path
+    markers: list[dict[str, Any]]
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.markers[0]["step"]
+
+    @property
+    def validation_loss(self) -> float | None:
+        """Loss on the validation records at this step, if there are any."""
+        return self.markers[0]["validation_loss"]
+
+    @property
+    def files(self) -> list[Path]:
+        """The ranks' files."""
+        return [self.path / marker["file"] for marker in self.markers]
 
     @classmethod
-    def of(cls, stage: str, key: str) -> "RunFolder":
-        """The folder of a stage's run; `key` is the hash of recipe, data, initial weights and code."""
-        folder = RUNS / "training" / f"{stage}-{key[:16]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return cls(folder)
+    def read(cls, path: Path) -> "Checkpoint | None":
+        """The checkpoint in a folder; None where it is not complete."""
+        markers = [read_json(found) for found in sorted(path.glob("rank-*.json"))]
+        complete = markers and len(markers) == markers[0]["world"]
+        return cls(path, sorted(markers, key=lambda marker: marker["rank"])) if complete else None
+
+
+@dataclass
+class RunFolder:
+    """The folder of one run's state, outside every DVC out: `runs/training/<stage>-<key>`.
+
+    `identity` is what decides the result (recipe, data, initial weights, code), by name; its hash is the key.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
+    _writing: Future | None = None
+
+    @classmethod
+    def of(cls, stage: str, identity: dict[str, Any]) -> "RunFolder":
+        """The folder of a stage's run; one that was left half-written is made clean."""
+        folder = cls(RUNS / "training" / f"{stage}-{fingerprint(identity)[:16]}", identity)
+        if is_main():
+            folder.path.mkdir(parents=True, exist_ok=True)
+            if (folder.path / FINISHED).exists():  # the same run again, from its beginning
+                shutil.rmtree(folder.path)
+                folder.path.mkdir()
+            for path in folder.path.glob("step-*"):
+                if Checkpoint.read(path) is None:
+                    shutil.rmtree(path)
+        barrier()
+        return folder
 
     @property
     def log(self) -> Path:
         """JSON lines, one per step, with timings."""
         return self.path / "log.jsonl"
 
-    def checkpoints(self) -> list[Path]:
+    def checkpoints(self) -> list[Checkpoint]:
         """Complete checkpoints, newest first."""
-        found = [p.parent for p in self.path.glob(f"step-*/{MARKER}")]
-        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+        found = [Checkpoint.read(path) for path in self.path.glob("step-*")]
+        return sorted((c for c in found if c), key=lambda c: c.step, reverse=True)
 
-    def save(self, engine: Any, step: int) -> None:
-        """Writes the engine's state after `step` steps; the marker with all hashes comes last."""
-        name = f"step-{step}"
-        target = self.path / name
-        if is_main() and target.exists():
-            shutil.rmtree(target)
-        barrier()
-        state = {"step": step, "random": torch.get_rng_state()}
-        engine.save_checkpoint(str(self.path), tag=name, client_state=state, save_latest=False)
-        barrier()
-        if is_main():
-            files = sorted(p for p in target.rglob("*") if p.is_file())
-            hashes = {p.relative_to(target).as_posix(): sha256_of(p) for p in files}
-            write_json(target / MARKER, {"shape": _shape(engine), "files": hashes})
-            for old in self.checkpoints()[KEPT:]:
-                shutil.rmtree(old)
-        barrier()
-
-    def resume(self, engine: Any) -> int:
-        """Loads the newest undamaged checkpoint; returns the number of steps it has taken, 0 without one.
+    def save(self, engine: Any, step: int, validation_loss: float | None = None) -> None:
+        """Copies the engine's state after `step` steps; a thread writes it while training goes on.
 
         Raises:
-            UserError: the state was written by another number of processes or ZeRO stage.
+            OSError: the checkpoint before this one could not be written.
         """
-        for folder in self.checkpoints():
-            damaged = _damaged_file(folder)
+        self.finish_writing()
+        target = self.path / f"step-{step}"
+        if is_main():
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir()
+            self._prune()
+        barrier()
+        rank, world = dist.get_rank(), dist.get_world_size()
+        marker = {
+            "step": step, "rank": rank, "world": world, "file": f"rank-{rank}-of-{world}.safetensors",
+            "validation_loss": validation_loss, "identity": self.identity, "random": _random_state(),
+        }  # fmt: skip
+        self._writing = self._writer.submit(_write, target, snapshot(engine), marker)
+
+    def finish_writing(self) -> None:
+        """Waits until the last checkpoint is on disk."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _prune(self) -> None:
+        """Removes all but the newest checkpoints and the best one."""
+        found = self.checkpoints()
+        best = min((c for c in found if c.validation_loss is not None), key=lambda c: c.validation_loss, default=None)
+        for old in found[KEPT:]:
+            if old != best:
+                shutil.rmtree(old.path)
+
+    def resume(self, engine: Any, seed: int, explicit: Path | None = None) -> int:
+        """Loads the newest undamaged checkpoint, or the given one; returns the number of steps it has taken.
+
+        Raises:
+            UserError: the given one is no whole checkpoint, is damaged, or belongs to another run (the difference is
+                named).
+        """
+        if explicit is not None:
+            chosen = self._given(explicit)
+            damaged = _damaged_file(chosen)
             if damaged:
-                say(f"checkpoint {folder} is damaged ({damaged}); trying the one before it")
-                continue
-            shape = read_json(folder / MARKER)["shape"]
-            if shape != _shape(engine):
-                raise UserError(
-                    f"the state in {self.path} was written with {shape}, this profile has {_shape(engine)}; "
-                    "continue with the profile it began with, or delete the folder to start again"
-                )
-            _, state = engine.load_checkpoint(str(self.path), tag=folder.name)
-            torch.set_rng_state(state["random"])
-            return int(state["step"])
+                raise UserError(f"the checkpoint {explicit} is damaged: {damaged}")
+            return _load(engine, chosen, seed)
+        for checkpoint in self.checkpoints():
+            damaged = _damaged_file(checkpoint)
+            if not damaged:
+                return _load(engine, checkpoint, seed)
+            say(f"checkpoint {checkpoint.path} is damaged ({damaged}); trying the one before it")
         return 0
+
+    def _given(self, path: Path) -> Checkpoint:
+        checkpoint = Checkpoint.read(path) if path.is_dir() else None
+        if checkpoint is None:
+            raise UserError(f"{path} is no whole checkpoint; give a folder such as {self.path}/step-100")
+        differing = differences(checkpoint.markers[0]["identity"], self.identity)
+        if differing:
+            raise UserError(f"the checkpoint {path} belongs to another run: {'; '.join(differing)}")
+        return checkpoint
 
     def keep_log(self, step: int) -> list[dict[str, Any]]:
         """Cuts the log after `step` and returns its rows: later ones belong to steps that are taken again."""
@@ -90,33 +168,98 @@ class RunFolder:
                     break  # the line that was being written when the run was killed
                 if row["step"] <= step:
                     rows.append(row)
+        barrier()
         if is_main():
             self.log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return rows
 
-    def discard_checkpoints(self) -> None:
-        """Removes the checkpoints of a finished run; its log stays."""
-        for folder in self.path.glob("step-*"):
-            shutil.rmtree(folder)
+    def finish(self) -> None:
+        """Marks the run as finished and keeps only the best of its checkpoints, and that only if it is not the last."""
+        self.finish_writing()
+        barrier()
+        if is_main():
+            write_json(self.path / FINISHED, {"identity": self.identity})
+            found = self.checkpoints()
+            scored = [c for c in found if c.validation_loss is not None]
+            best = min(scored, key=lambda c: c.validation_loss, default=None)
+            for checkpoint in found:
+                if checkpoint != best or checkpoint == found[0]:
+                    shutil.rmtree(checkpoint.path)
 
 
-def _shape(engine: Any) -> dict[str, int]:
-    """What DeepSpeed's own checkpoint format depends on."""
-    return {"processes": engine.world_size, "zero_stage": engine.zero_optimization_stage()}
+def _write(target: Path, tensors: dict[str, torch.Tensor], marker: dict[str, Any]) -> None:
+    """Writes one rank's file, then its marker; runs beside training."""
+    path = target / marker["file"]
+    save_file(tensors, path)
+    write_json(path.with_suffix(".json"), {**marker, "sha256": sha256_of(path)})
 
 
-def _damaged_file(folder: Path) -> str:
-    """Name of the first file of a checkpoint that is missing or differs from its hash, else ''."""
-    for name, expected in read_json(folder / MARKER)["files"].items():
-        path = folder / name
-        if not path.is_file() or sha256_of(path) != expected:
-            return name
-    return ""
+def _load(engine: Any, checkpoint: Checkpoint, seed: int) -> int:
+    try:
+        restore(engine, Pieces(checkpoint.files))
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path}: {error}") from None
+    rank, same = dist.get_rank(), checkpoint.markers[0]["world"] == dist.get_world_size()
+    if same:
+        _set_random_state(checkpoint.markers[rank]["random"])
+    else:  # other processes than those that wrote it: their states fit nobody, so new ones begin here
+        torch.manual_seed(hash((seed, checkpoint.step, rank)) % 2**63)
+    return checkpoint.step
+
+
+def _damaged_file(checkpoint: Checkpoint) -> str:
+    """Name of a file that is missing or differs from its hash, else ''; the ranks share the work."""
+    own = checkpoint.markers[_rank() :: _world()]
+    paths = [(checkpoint.path / marker["file"], marker["sha256"]) for marker in own]
+    damaged = [path.name for path, expected in paths if not path.is_file() or sha256_of(path) != expected]
+    everywhere: list[Any] = [damaged]
+    if _world() > 1:
+        everywhere = [None] * _world()
+        dist.all_gather_object(everywhere, damaged)
+    return next((name for names in everywhere for name in names), "")
+
+
+def differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
+    """What differs between two identities, in words: `seed is 17 there and 18 here`."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = dict.fromkeys([*theirs, *ours])
+        return [d for k in keys for d in differences(theirs.get(k), ours.get(k), f"{name}.{k}" if name else str(k))]
+    return [] if theirs == ours else [f"{name} is {theirs} there and {ours} here"]
+
+
+def _random_state() -> dict[str, Any]:
+    """The state of all random number generators of this process, for JSON."""
+    kind, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_initialized() else None
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": cuda,
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+    version, keys, last = state["python"]
+    random.setstate((version, tuple(keys), last))
+    kind, numbers, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(numbers, dtype=np.uint32), *rest))
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
     """Whether this process is the one that writes and prints."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return _rank() == 0
 
 
 def barrier() -> None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from haplovl.settings import ComputeProfile, StageSettings
+from haplovl.train.launch import adopt_slurm, free_port
 from haplovl.train.optim import make_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -16,6 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def start_distributed(compute: ComputeProfile) -> torch.device:
     """Joins the process group (of one, where no launcher set the environment) and returns this rank's device."""
+    adopt_slurm()
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", str(free_port()))
@@ -37,30 +39,45 @@ def start_distributed(compute: ComputeProfile) -> torch.device:
     return torch.device("cpu")
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    import socket
+def make_engine(
+    objective: nn.Module,
+    settings: StageSettings,
+    compute: ComputeProfile,
+    micro_batches: int,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Any:
+    """Wraps an objective in a DeepSpeed engine, with AdamW as configured or the given optimiser.
 
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def make_engine(objective: nn.Module, settings: StageSettings, compute: ComputeProfile, micro_batches: int) -> Any:
-    """Wraps an objective in a DeepSpeed engine with our own AdamW."""
+    In bf16 weights, optimiser states and accumulated gradients are also held in float32. DeepSpeed can do that from
+    ZeRO 1 on, which on one process is the same as ZeRO 0.
+    """
     import deepspeed
 
+    half = settings.precision == "bf16"
     config = {
         "train_micro_batch_size_per_gpu": 1,  # counted in micro-batches: rows and their losses are our own affair
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": settings.optimizer.max_grad_norm,
-        "zero_optimization": {"stage": compute.zero_stage},
+        "zero_optimization": _zero(max(compute.zero_stage, int(half)), compute),
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": settings.precision == "bf16"},
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": half},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 10**9,
     }
-    optimizer = make_optimizer(objective, settings.optimizer)
+    optimizer = optimizer or make_optimizer(objective, settings.optimizer)
     return deepspeed.initialize(model=objective, optimizer=optimizer, config=config)[0]
+
+
+def _zero(stage: int, compute: ComputeProfile) -> dict[str, Any]:
+    """DeepSpeed's settings of a ZeRO stage."""
+    zero: dict[str, Any] = {"stage": stage}
+    resting = {"device": "cpu", "pin_memory": compute.device == "cuda"}
+    if compute.offload in ("optimizer", "all"):
+        zero["offload_optimizer"] = resting
+    if compute.offload == "all":
+        zero["offload_param"] = resting
+    return zero
 
 
 def global_counts(objective: Any, batches: list[Any]) -> dict[str, float]:
@@ -85,42 +102,54 @@ def reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def take_step(engine: Any, batches: list[Any], counts: dict[str, float]) -> tuple[dict[str, float], float]:
-    """Forward and backward over all micro-batches, then the optimiser.
-
-    Returns the mean of every loss part and the gradient's norm before clipping.
-
-    Raises:
-        FloatingPointError: a loss or gradient that is no finite number, on all ranks alike; before the optimiser
-            has moved where gradients are whole (ZeRO 0).
+def accumulate(engine: Any, batches: list[Any], counts: dict[str, float]) -> dict[str, float]:
+    """Forward and backward over all micro-batches of a step; returns the mean of every loss part over all ranks.
 
     DeepSpeed averages gradients over ranks, so the loss is multiplied by their number: together with the division by
     the global token counts, the gradient is that of the loss over the whole step.
+
+    Raises:
+        FloatingPointError: a loss that is no finite number, on all ranks alike.
     """
     world = dist.get_world_size()
-    sums = dict.fromkeys(counts, 0.0)
+    sums: dict[str, Any] = dict.fromkeys(counts, 0.0)
     for number, batch in enumerate(batches, start=1):
         parts = engine(batch)
         loss = sum(parts[name] / max(counts[name], 1.0) for name in parts)
         engine.backward(loss * world, scale_wrt_gas=False)
         for name, value in parts.items():
-            sums[name] += value.item()
+            sums[name] = sums[name] + value.detach()
         if number < len(batches):
             engine.step()  # only counts the micro-batch
-    totals = reduce_sum(torch.tensor([sums[name] for name in counts], dtype=torch.float64)).tolist()
+    totals = reduce_sum(torch.tensor([float(sums[name]) for name in counts], dtype=torch.float64)).tolist()
     means = {name: total / max(counts[name], 1.0) for name, total in zip(counts, totals, strict=True)}
-    norm = _plain_grad_norm(engine)
-    if not (math.isfinite(sum(means.values())) and math.isfinite(norm)):
-        raise FloatingPointError(f"losses {means}, gradient norm {norm}")
-    engine.step()
-    norm = float(engine.get_global_grad_norm() or norm)
-    if not math.isfinite(norm):
-        # ZeRO knows the norm only after its step; no checkpoint is written from here on.
-        raise FloatingPointError(f"losses {means}, gradient norm {norm}")
-    return means, norm
+    if not math.isfinite(sum(means.values())):
+        raise FloatingPointError(f"the loss is {means}")
+    return means
 
 
-def _plain_grad_norm(engine: Any) -> float:
-    """Norm of the gradients where DeepSpeed keeps them in `.grad` (fp32 without ZeRO) and does not report it."""
+def update(engine: Any) -> float:
+    """The optimiser's step; returns the gradient's norm before clipping.
+
+    Raises:
+        FloatingPointError: a gradient that is no finite number, on all ranks alike; the optimiser has not moved.
+    """
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    plain = engine.optimizer is engine.basic_optimizer
+    norm = float(nn.utils.get_total_norm(gradients)) if plain and gradients else 0.0
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm}")
+    engine.step()
+    if getattr(engine.optimizer, "overflow", False):  # DeepSpeed's own optimisers then leave the weights alone
+        raise FloatingPointError("the gradient is not finite")
+    return norm if plain else float(engine.get_global_grad_norm())
+
+
+def take_step(engine: Any, batches: list[Any], counts: dict[str, float]) -> tuple[dict[str, float], float]:
+    """Forward, backward and update: the mean of every loss part and the gradient's norm.
+
+    Raises:
+        FloatingPointError: as `accumulate` and `update` do.
+    """
+    means = accumulate(engine, batches, counts)
+    return means, update(engine)

@@ -2,12 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from typing import Any, NoReturn
-
-from haplovl.train.engine import free_port
 
 EXIT_PREEMPTED = 85
 """Exit status after a checkpoint on a stop signal: run the same command again to go on."""
@@ -44,3 +43,27 @@ def launch(arguments: list[str], processes: int) -> NoReturn:
     codes = [rank.wait() for rank in ranks]
     # A rank that was killed here has a negative code; the reason is the rank that failed by itself.
     sys.exit(max(codes) if max(codes) > 0 else int(min(codes) != 0))
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def adopt_slurm() -> None:
+    """Takes rank and rendezvous from Slurm, where `srun` started this process and nobody else has set them."""
+    own = os.environ
+    if "RANK" in own or int(own.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return
+    own["RANK"], own["LOCAL_RANK"] = own["SLURM_PROCID"], own["SLURM_LOCALID"]
+    own["WORLD_SIZE"] = own["SLURM_STEP_NUM_TASKS"]
+    nodes = own["SLURM_STEP_NODELIST"]
+    if "[" in nodes or "," in nodes:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        nodes = shown.stdout.split()[0]
+    own.setdefault("MASTER_ADDR", nodes)
+    # Equal on all nodes, and another one for every job and step.
+    job = 100 * int(own["SLURM_JOB_ID"]) + int(own["SLURM_STEP_ID"])
+    own.setdefault("MASTER_PORT", str(20000 + job % 20000))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from haplovl.data.loader import Batch, PackedLoader, PreparedRecords
+from haplovl.data.prepare import read_manifest
 from haplovl.errors import UserError
 from haplovl.files import (
     PREPARED,
@@ -34,9 +35,11 @@ from haplovl.settings import ComputeProfile, Params, Stage1Settings, Stage2Setti
 from haplovl.teachers import load_language, load_vision, seed_everything
 from haplovl.train.checkpoint import RunFolder, barrier, is_main, say
 from haplovl.train.engine import DTYPES, global_counts, make_engine, reduce_sum, start_distributed, take_step
-from haplovl.train.launch import EXIT_PREEMPTED, STOP_SIGNALS, launch
+from haplovl.train.launch import EXIT_PREEMPTED, STOP_SIGNALS, adopt_slurm, launch
 from haplovl.train.objectives import Distillation, InstructionTuning
 from haplovl.train.optim import learning_rate
+from haplovl.train.state import full_weights
+from haplovl.train.validation import Validation
 
 OUTPUTS = {"stage1": STAGE1, "stage2": STAGE2}
 
@@ -50,31 +53,36 @@ class Stage:
     model: HaploForConditionalGeneration
     objective: nn.Module
     processor: HaploProcessor
-    key: str
+    identity: dict[str, Any]
+    """What decides the result, by name."""
 
 
-def train_stage(name: str, params: Params, compute: ComputeProfile) -> None:
+def train_stage(name: str, params: Params, compute: ComputeProfile, resume_from: Path | None = None) -> None:
     """Trains `stage1` or `stage2` and writes its transformers folder; continues a killed run by itself.
 
+    `resume_from` is a checkpoint of this very run to go on from, instead of the newest one.
+
     Raises:
-        UserError: an unknown stage, missing inputs, settings that do not fit, or a loss that is no number.
+        UserError: an unknown stage, missing inputs, settings or a checkpoint that do not fit, or a loss that is no
+            number.
     """
     if name not in OUTPUTS:
         raise UserError(f"there is no training stage '{name}'; choose {' or '.join(OUTPUTS)}")
+    adopt_slurm()
     if compute.processes > 1 and "RANK" not in os.environ:
-        launch(["train", name, "--compute", compute.name], compute.processes)
+        explicit = ["--resume-from", str(resume_from)] if resume_from else []
+        launch(["train", name, "--compute", compute.name, *explicit], compute.processes)
     device = start_distributed(compute)
     try:
         stage = _build(name, params)
         # By name: the pre-decoder has a configuration, but is no transformers model of its own to be asked.
         stage.model.set_attn_implementation({"": compute.attention, "text_config": compute.attention})
-        folder = RunFolder.of(name, stage.key)
-        rows = _run(stage, folder, params.seed, compute, device)
-        if isinstance(stage.objective, Distillation) and params.model.connector == "text_head":
-            stage.model.model.connector.load_state_dict(stage.objective.text_head.state_dict())
-        if is_main():
-            _save(stage, rows)
-            folder.discard_checkpoints()
+        if compute.activation_checkpointing:
+            stage.model.gradient_checkpointing_enable()
+        folder = RunFolder.of(name, stage.identity)
+        rows = _run(stage, folder, params.seed, compute, device, resume_from)
+        _save(stage, rows, params.model.connector == "text_head")
+        folder.finish()
         barrier()
     finally:
         if dist.is_initialized():
@@ -110,9 +118,15 @@ def _build(name: str, params: Params) -> Stage:
         processor = HaploProcessor.from_pretrained(STAGE1)
         model = HaploForConditionalGeneration.from_pretrained(STAGE1, dtype=torch.float32)
         objective = InstructionTuning(model)
-    identity = [settings.model_dump(mode="json"), params.seed, params.model.model_dump(mode="json")]
-    key = fingerprint([*identity, manifest, sha256_of_folder(start), _code_hash()])
-    return Stage(name, settings, model.train(), objective.train(), processor, key)
+    identity = {
+        name: settings.model_dump(mode="json"),
+        "seed": params.seed,
+        "model": params.model.model_dump(mode="json"),
+        "data (manifest)": manifest,
+        "initial weights": sha256_of_folder(start),
+        "code": _code_hash(),
+    }
+    return Stage(name, settings, model.train(), objective.train(), processor, identity)
 
 
 def _code_hash() -> str:
@@ -125,32 +139,33 @@ def _code_hash() -> str:
 
 
 def _run(
-    stage: Stage, folder: RunFolder, seed: int, compute: ComputeProfile, device: torch.device
+    stage: Stage,
+    folder: RunFolder,
+    seed: int,
+    compute: ComputeProfile,
+    device: torch.device,
+    resume_from: Path | None,
 ) -> list[dict[str, Any]]:
     """Steps from the last checkpoint to the end; returns the whole log."""
     settings = stage.settings
-    records = PreparedRecords("train", stage.processor)
-    loader = PackedLoader(
-        records,
-        settings.batch,
-        settings.mixture,
-        seed,
-        compute.micro_batch_rows,
-        dist.get_rank(),
-        dist.get_world_size(),
-        settings.curriculum,
-    )
+    loader = _loader("train", stage, seed, compute)
+    held_out = read_manifest()["totals"]["validation"]["records"]
+    validation = Validation(_loader("validation", stage, seed, compute)) if held_out else None
     if isinstance(stage.objective, Distillation):
         stage.objective.frozen_to(device, DTYPES[settings.precision])
     engine = make_engine(stage.objective, settings, compute, loader.micro_batches)
-    step = folder.resume(engine)
+    step = folder.resume(engine, seed, resume_from)
     rows = folder.keep_log(step)
     say(f"{stage.name}: {'continuing after step ' + str(step) if step else 'starting'}, state in {folder.path}")
     stop = _StopSignals()
     total = settings.steps
     with reporter(stage.name, total, step) as report, folder.log.open("a", encoding="utf-8") as log:
         for batches in loader.steps(step, total):
-            row = _step(stage, engine, [_to(batch, device) for batch in batches], step, folder.path)
+            batches = [batch.to(device) for batch in batches]
+            try:
+                row = _step(stage, engine, batches, step)
+            except FloatingPointError as error:
+                raise _not_finite(stage, engine, folder, batches, step, error) from None
             step += 1
             rows.append(row)
             if is_main():
@@ -159,35 +174,42 @@ def _run(
                 report.update(step, f"loss {row['loss']:.3f} {row['tokens_per_s']:,.0f} tokens/s")
             stopping = step < total and stop.asked_anywhere()
             if stopping or step == total or step % settings.checkpoint_every == 0:
-                folder.save(engine, step)
+                # A job that must stop has little time left, so it does without the validation loss.
+                score = validation.loss(engine, stage.objective, device) if validation and not stopping else None
+                folder.save(engine, step, score)
             if stopping:
+                folder.finish_writing()
                 say(f"stopped by signal after step {step}; the same command goes on from here")
                 sys.exit(EXIT_PREEMPTED)
+    folder.finish_writing()
     return rows
 
 
-def _step(stage: Stage, engine: Any, batches: list[Batch], step: int, folder: Path) -> dict[str, Any]:
+def _loader(split: str, stage: Stage, seed: int, compute: ComputeProfile) -> PackedLoader:
+    return PackedLoader(
+        PreparedRecords(split, stage.processor),
+        stage.settings.batch,
+        stage.settings.mixture,
+        seed,
+        compute.micro_batch_rows,
+        dist.get_rank(),
+        dist.get_world_size(),
+        stage.settings.curriculum,
+    )
+
+
+def _step(stage: Stage, engine: Any, batches: list[Batch], step: int) -> dict[str, Any]:
     """One optimiser step and its log row (`step` counts from 1 in the log).
 
     Raises:
-        UserError: a loss that is no finite number; the batch's record ids are written down first.
+        FloatingPointError: a loss or gradient that is no finite number; the weights have not moved.
     """
     began = time.perf_counter()
     rate = learning_rate(stage.settings.optimizer, step, stage.settings.steps)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     counts = global_counts(stage.objective, batches)
-    try:
-        parts, norm = take_step(engine, batches, counts)
-    except FloatingPointError as error:
-        ids = [name for batch in batches for name in batch.record_ids]
-        write_json(
-            folder / f"bad_batch_{dist.get_rank()}.json", {"step": step + 1, "error": str(error), "records": ids}
-        )
-        raise UserError(
-            f"{stage.name} stopped before step {step + 1}: {error}; its records are in {folder}/bad_batch_*.json: "
-            f"look at them, or lower {stage.name}.optimizer.learning_rate"
-        ) from None
+    parts, norm = take_step(engine, batches, counts)
     seconds = time.perf_counter() - began
     tokens = sum(int((batch.document_ids >= 0).sum()) for batch in batches) * dist.get_world_size()
     return {
@@ -199,6 +221,23 @@ def _step(stage: Stage, engine: Any, batches: list[Batch], step: int, folder: Pa
         "supervised_tokens": int(max(counts.values())),
         "tokens_per_s": tokens / seconds,
     }
+
+
+def _not_finite(
+    stage: Stage, engine: Any, folder: RunFolder, batches: list[Batch], step: int, error: FloatingPointError
+) -> UserError:
+    """Keeps what is needed to find out why a step has no finite loss or gradient: its records and the state before."""
+    ids = [name for batch in batches for name in batch.record_ids]
+    found = folder.path / f"bad_batch_{dist.get_rank()}.json"
+    write_json(found, {"step": step + 1, "error": str(error), "records": ids})
+    folder.save(engine, step)
+    folder.finish_writing()
+    barrier()
+    return UserError(
+        f"{stage.name} stopped before step {step + 1}: {error}; its records are in {folder.path}/bad_batch_*.json and "
+        f"the state before it in {folder.path}/step-{step}: look at the records (haplovl inspect ID), or lower "
+        f"{stage.name}.optimizer.learning_rate"
+    )
 
 
 class _StopSignals:
@@ -217,21 +256,21 @@ class _StopSignals:
         return bool(reduce_sum(torch.tensor([float(self.asked)])).item())
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
-    moved = {
-        name: value.to(device, non_blocking=True)
-        for name, value in vars(batch).items()
-        if isinstance(value, torch.Tensor)
-    }
-    return Batch(**{**vars(batch), **moved})
+def _save(stage: Stage, rows: list[dict[str, Any]], connector_is_text_head: bool) -> None:
+    """Writes the stage's transformers folder: weights, processor and the log without its timings.
 
-
-def _save(stage: Stage, rows: list[dict[str, Any]]) -> None:
-    """Writes the stage's transformers folder: weights, processor and the log without its timings."""
-    # Stage 1 leaves the language model in float32; one type for the whole folder.
-    model = stage.model.cpu().eval().to(torch.float32 if stage.name == "stage1" else DTYPES[stage.settings.precision])
+    Stage 1 leaves the language model in float32; one type for the whole folder.
+    """
+    precision = torch.float32 if stage.name == "stage1" else DTYPES[stage.settings.precision]
+    weights = {name: value.to(precision) for name, value in full_weights(stage.model) if is_main()}
+    heads = dict(full_weights(stage.objective.text_head)) if isinstance(stage.objective, Distillation) else {}
+    if not is_main():
+        return
+    if heads and connector_is_text_head:
+        weights |= {f"model.connector.{name}": value.to(precision) for name, value in heads.items()}
+    stage.model.config.dtype = precision
     with whole_folder(OUTPUTS[stage.name]) as folder:
-        model.save_pretrained(folder)
+        stage.model.eval().save_pretrained(folder, state_dict=weights)
         stage.processor.save_pretrained(folder)
         write_jsonl(folder / "training_log.jsonl", ({k: v for k, v in r.items() if k != "tokens_per_s"} for r in rows))
     say(f"{stage.name}: loss {rows[-1]['loss']:.4f} after {len(rows)} steps -> {OUTPUTS[stage.name]}")

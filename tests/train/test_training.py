@@ -94,7 +94,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(project, trained, t
     folder = copy_of(project, tmp_path)
     process = subprocess.Popen([sys.executable, "-m", "haplovl", "train", "stage1"], cwd=folder, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while not list(folder.glob("runs/training/*/step-*/complete.json")):
+    while not list(folder.glob("runs/training/*/step-*/rank-*.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -132,7 +132,7 @@ def test_bf16_resumes_to_the_same_bytes(project, trained, tmp_path):
     broken = copy_of(straight, tmp_path / "broken")
     assert haplovl("train", "stage1", cwd=straight).returncode == 0
     process = subprocess.Popen([sys.executable, "-m", "haplovl", "train", "stage1"], cwd=broken, stdout=subprocess.PIPE)
-    while not list(broken.glob("runs/training/*/step-*/complete.json")):
+    while not list(broken.glob("runs/training/*/step-*/rank-*.json")):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -145,13 +145,13 @@ def test_bf16_resumes_to_the_same_bytes(project, trained, tmp_path):
 def test_sigterm_writes_a_checkpoint_and_a_damaged_one_is_passed_over(project, trained, tmp_path):
     folder = copy_of(project, tmp_path)
     process = subprocess.Popen([sys.executable, "-m", "haplovl", "train", "stage1"], cwd=folder, stdout=subprocess.PIPE)
-    while not list(folder.glob("runs/training/*/step-*/complete.json")):
+    while not list(folder.glob("runs/training/*/step-*/rank-*.json")):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 85
     newest = max(folder.glob("runs/training/*/step-*"), key=lambda p: int(p.name.removeprefix("step-")))
-    state = next(p for p in newest.glob("*.pt"))
+    state = next(p for p in newest.glob("*.safetensors"))
     state.write_bytes(state.read_bytes()[:100])
     done = haplovl("train", "stage1", cwd=folder)
     assert f"{newest.name} is damaged" in done.stdout, done.stdout + done.stderr
