@@ -119,7 +119,8 @@ class _Recorder:
     def __init__(self, model: HaploForConditionalGeneration, row: Batch, queries: torch.Tensor) -> None:
         self.queries = queries
         self.is_image = row.input_ids[0] == model.config.image_token_id
-        self._pre_modules = {id(module) for module in model.model.pre_decoder.modules()}
+        parts = {"attention_pre": model.model.pre_decoder, "attention_post": model.model.language_model}
+        self._part = {id(module): name for name, part in parts.items() for module in part.modules()}
         self._masses: dict[str, list[torch.Tensor]] = {"attention_pre": [], "attention_post": []}
         self._even: torch.Tensor | None = None
         self._sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -147,12 +148,14 @@ class _Recorder:
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attention as sdpa computes it; shapes as in `haplovl.model.decoder.eager_attention`."""
+        part = self._part.get(id(module))
+        if part is None:  # a teacher that uses the same backend
+            return self._sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
         chosen, width = query[:, :, self.queries], query.shape[-1]
         grouped = chosen.reshape(1, key.shape[1], -1, width)  # heads that share keys stand side by side
         scores = (grouped @ key.transpose(2, 3)).float() * (width**-0.5 if scaling is None else scaling)
         allowed = self._allowed(attention_mask, key.shape[2])
         weights = scores.unflatten(2, (-1, len(self.queries))).masked_fill(~allowed, -torch.inf).softmax(dim=-1)
-        part = "attention_pre" if id(module) in self._pre_modules else "attention_post"
         self._masses[part].append(weights[..., self.is_image].sum(dim=-1).mean())
         if self._even is None:
             self._even = (allowed & self.is_image).sum(dim=-1).div(allowed.sum(dim=-1)).mean()
