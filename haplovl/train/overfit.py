@@ -20,7 +20,7 @@ from haplovl.train.checkpoint import is_main, say
 from haplovl.train.engine import DTYPES, global_counts, make_engine, start_distributed, take_step
 from haplovl.train.launch import adopt_slurm, launch
 from haplovl.train.objectives import Distillation
-from haplovl.train.trainer import OUTPUTS, Stage, _build
+from haplovl.train.stage import OUTPUTS, Stage, build_stage
 
 MOST_STEPS = 500
 IN_A_ROW = 3
@@ -67,8 +67,7 @@ class FirstRecords:
         chosen = sorted(sorted(trained, key=lambda index: records.kinds[index] == "text")[:count])
         self._records, self._chosen = records, chosen
         self.kinds, self.lengths, self.images = (
-            [values[index] for index in chosen]
-            for values in (records.kinds, records.lengths, getattr(records, "images", [0] * len(records)))
+            [values[index] for index in chosen] for values in (records.kinds, records.lengths, records.images)
         )
 
     def __len__(self) -> int:
@@ -91,7 +90,7 @@ def overfit(name: str, params: Params, compute: ComputeProfile, count: int) -> b
         launch(["train", name, "--compute", compute.name, "--overfit", str(count)], compute.processes)
     device = start_distributed(compute)
     try:
-        stage = _build(name, params)
+        stage = build_stage(name, params)
         stage.model.set_attn_implementation({"": compute.attention, "text_config": compute.attention})
         if compute.activation_checkpointing:
             stage.model.gradient_checkpointing_enable()
@@ -141,7 +140,8 @@ def _loader(records: FirstRecords, batch: BatchSettings, compute: ComputeProfile
     times = float(math.ceil(2 * rows * batch.row_tokens / sum(records.lengths)))
     often = StageMixture(instruction=times, caption=times, text=times)
     one = batch.model_copy(update={"rows": rows})
-    return PackedLoader(records, one, often, seed, micro, dist.get_rank(), world)  # type: ignore[arg-type]
+    ranks = {"rank": dist.get_rank(), "world": world}
+    return PackedLoader(records, one, often, seed, micro, **ranks, workers=compute.loader_workers)
 
 
 def in_words(name: str, verdict: Verdict, rate: float) -> str:
