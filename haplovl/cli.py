@@ -83,6 +83,9 @@ def plan(
         float | None,
         typer.Option(min=0.01, max=1, help="Model FLOPs utilisation to expect; default: the last run's, else assumed."),
     ] = None,
+    params: Annotated[
+        Path, typer.Option(help="The recipe; a preset of params/ may be planned before it is used.")
+    ] = Path("params.yaml"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")] = False,
 ) -> None:
     """Tell what training will need and cost: memory for every ZeRO stage, time and price. Needs no data or weights."""
@@ -90,7 +93,7 @@ def plan(
     from haplovl.settings import load_compute, load_params
     from haplovl.train.plan_table import print_plan
 
-    print_plan(stage, load_params(), load_compute(compute), mfu, as_json)
+    print_plan(stage, load_params(params), load_compute(compute), mfu, as_json)
 
 
 @app.command()

@@ -17,6 +17,9 @@ BUCKET = 500_000_000
 LIVE = 1_000_000_000
 """Most elements of gathered weights that ZeRO 3 keeps (stage3_max_live_parameters)."""
 
+SUB_GROUP = 1_000_000_000
+"""Weights that ZeRO 3 updates at once (sub_group_size)."""
+
 
 @dataclass(frozen=True)
 class Holdings:
@@ -25,6 +28,8 @@ class Holdings:
     trained: int
     frozen: int = 0
     """Weights inside the objective that are not trained (LoRA)."""
+    heads: int = 0
+    """Trained weights that are no part of the model: the throw-away heads of stage 1."""
     teacher: int = 0
     """Bytes on the device: the vision teacher and the word embeddings that stage 1 compares with."""
     idle: int = 0
@@ -59,8 +64,8 @@ def device_memory(
 ) -> DeviceMemory:
     """Memory of one device with a profile's ZeRO stage and offload, at the fuller of two moments of a step.
 
-    They are the backward pass, with all activations, and the reduction of gradients, with its buffers. ZeRO 2 and 3
-    reduce during the backward pass.
+    They are the backward pass, with all activations, and what follows it: the reduction of gradients and the
+    optimiser's step. ZeRO 2 and 3 reduce during the backward pass.
     """
     half, stage, n = precision == "bf16", compute.zero_stage, compute.processes
     size = 2 if half else 4
@@ -75,15 +80,18 @@ def device_memory(
         # Gradients travel as bf16 copies; what fits a bucket is also put together in one before.
         buffers = 2 * trained + (4 * trained if trained <= BUCKET else 0)
     else:
-        whole = 4 * trained if stage == 1 else 0
         state = {
             "weights": size * every // (n if stage == 3 else 1),
-            "gradients": 4 * trained // n + whole,
+            "gradients": 4 * trained // n + (4 * trained if stage == 1 else 0),
             "optimizer": 12 * trained // n,
         }
-        buffers = size * (BUCKET if compute.device == "cuda" else bucket)
-        if stage == 3 and (n > 1 or compute.offload == "all"):
-            buffers += size * min(LIVE, every)
+        bucket = BUCKET if compute.device == "cuda" else bucket  # a CPU's memory counts where it is written
+        buffers = size * bucket
+        if stage == 2 and compute.offload == "none":
+            state["gradients"] += size * trained // n  # as reduced, before they are added up in float32
+        if stage == 3:
+            # Gathered weights, and with bf16 the bucket's partition in float32.
+            buffers += size * min(LIVE, every) + (4 * bucket // n if half else 0)
     state, host = _offloaded(state, compute, 4 * trained // n)
     teacher = holdings.teacher
     if compute.device == "cpu":
@@ -96,8 +104,10 @@ def device_memory(
         # Gradients come while activations go: not all of both are there at once.
         backward["gradients"] = footprint.with_gradients - footprint.activations - footprint.logits
     kept = footprint.small if compute.device == "cpu" else 0
-    reduction = {**state, "activations": kept, "logits": 0, "buffers": buffers}
-    moments = [DeviceMemory(**parts, teacher=teacher, host=host) for parts in (backward, reduction)]
+    if stage == 3:  # the optimiser's step has the gradients of some weights once more
+        buffers = size * min(LIVE, every) + 4 * min(SUB_GROUP, trained // n)
+    update = {**state, "activations": kept, "logits": 0, "buffers": buffers}
+    moments = [DeviceMemory(**parts, teacher=teacher, host=host) for parts in (backward, update)]
     return max(moments, key=lambda memory: memory.total)
 
 

@@ -24,8 +24,8 @@ from haplovl.train.objectives import Distillation, InstructionTuning
 
 ASSUMED_UTILISATION = 0.4
 """Share of the device's peak at which its operations are assumed to run, where no run has measured it."""
-RESERVE = 0.05
-"""Share of a device's memory that is left alone: the driver's context, communication buffers and fragmentation."""
+RESERVE = 0.08
+"""Assumed share of a device's memory for the driver's context, communication buffers and fragmentation."""
 GIB = 2**30
 
 
@@ -100,7 +100,7 @@ def plan_stage(name: str, params: Params, compute: ComputeProfile, mfu: float | 
         price = seconds * settings.steps / 3600 * compute.price_per_hour * compute.processes
     return StagePlan(
         stage=name,
-        weights=_weights(model) | ({"heads": holdings.trained - _trained(model)} if name == "stage1" else {}),
+        weights=_weights(model) | ({"heads": holdings.heads} if holdings.heads else {}),
         trained=holdings.trained,
         micro_batches=micro_batches,
         steps=settings.steps,
@@ -138,12 +138,14 @@ def dry_run(
     else:
         objective = InstructionTuning(model)
     parameters = {id(p): p for p in objective.parameters()}
+    own = {id(p) for p in model.parameters()}
     words, held = model.get_input_embeddings().weight, 0
     if isinstance(settings, Stage1Settings):
         held = _bytes(blueprint.vision) + 4 * words.numel()
     holdings = Holdings(
         trained=sum(p.numel() for p in parameters.values() if p.requires_grad),
         frozen=sum(p.numel() for p in parameters.values() if not p.requires_grad),
+        heads=sum(p.numel() for key, p in parameters.items() if key not in own),
         teacher=held,
         idle=4 * sum(p.numel() for p in model.parameters() if id(p) not in parameters and p is not words),
     )
@@ -183,10 +185,6 @@ def _weights(model: nn.Module) -> dict[str, int]:
         name: sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
         for name, modules in parts.items()
     }
-
-
-def _trained(module: nn.Module) -> int:
-    return sum(p.numel() for p in {id(p): p for p in module.parameters() if p.requires_grad}.values())
 
 
 def _options(

@@ -71,31 +71,28 @@ def _show_stage(out: Console, plan: StagePlan, compute: ComputeProfile) -> None:
 
 
 def _memory_table(plan: StagePlan, compute: ComputeProfile) -> Table:
+    """A column for every ZeRO stage; the profile's own is marked."""
     table = Table(title="GiB on one device at its fullest", title_justify="left", title_style="")
     table.add_column("ZeRO")
-    table.add_column("offload")
-    shown = [part for part in PARTS if any(getattr(option.memory, part) for option in plan.options)]
-    for part in shown:
-        table.add_column(part, justify="right")
-    table.add_column("total", justify="right", style="bold")
-    table.add_column("fits")
-    table.add_column("CPU memory", justify="right")
     for option in plan.options:
         chosen = (option.zero_stage, option.offload) == (compute.zero_stage, compute.offload)
-        memory = option.memory
-        table.add_row(
-            f"{option.zero_stage}{' ←' if chosen else ''}",
-            option.offload,
-            *(f"{getattr(memory, part) / GIB:.2f}" for part in shown),
-            f"{memory.total / GIB:.2f}",
-            _fits(option),
-            f"{memory.host / GIB:.1f}" if memory.host else "",
-        )
+        offload = "" if option.offload == "none" else f"\noffload {option.offload}"
+        table.add_column(f"{option.zero_stage}{' (profile)' if chosen else ''}{offload}", justify="right")
+    for part in PARTS:
+        sizes = [getattr(option.memory, part) for option in plan.options]
+        if any(sizes):
+            table.add_row(part, *(f"{size / GIB:.2f}" for size in sizes))
+    table.add_section()
+    table.add_row("total", *(f"{option.memory.total / GIB:.2f}" for option in plan.options), style="bold")
+    if compute.memory_gib:
+        table.add_row("fits", *(_fits(option) for option in plan.options))
+    if any(option.memory.host for option in plan.options):
+        table.add_row("in the CPU's memory", *(f"{option.memory.host / GIB:.2f}" for option in plan.options))
     return table
 
 
 def _fits(option: Option) -> str:
-    return "?" if option.fits is None else "[green]yes[/]" if option.fits else "[red]no[/]"
+    return "[green]yes[/]" if option.fits else "[red]no[/]"
 
 
 def _count(number: int) -> str:
