@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 LINE_EVERY_SECONDS = 10.0
+BAR_WIDTH = 10
+"""Characters: leaves room for a step's figures on a line of 120."""
 
 
 class Reporter:
@@ -29,17 +31,36 @@ class Reporter:
         if now - self.last_line < LINE_EVERY_SECONDS and done < self.total:
             return
         self.last_line = now
-        print(f"{self.name} {self._bar(done)} {done}/{self.total} {text} {self._left(done, now)}", flush=True)
+        print(f"{self.name} {self._bar(done)} {done}/{self.total} {text} {self._left(done)}", flush=True)
 
-    def _bar(self, done: int, width: int = 20) -> str:
-        filled = round(width * done / max(self.total, 1))
-        return "[" + "#" * filled + "." * (width - filled) + "]"
+    def say(self, text: str) -> None:
+        """Prints a line of its own, above the bar where there is one."""
+        if self.live is not None:
+            self.live.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
 
-    def _left(self, done: int, now: float) -> str:
+    def seconds_left(self, done: int) -> float | None:
+        """Time to the end at the mean speed so far; None before the first unit is done."""
         if done <= self.start:
-            return ""
-        seconds = round((now - self.began) / (done - self.start) * (self.total - done))
-        return f"{seconds // 60}:{seconds % 60:02d} left"
+            return None
+        return (time.monotonic() - self.began) / (done - self.start) * (self.total - done)
+
+    def _bar(self, done: int) -> str:
+        filled = round(BAR_WIDTH * done / max(self.total, 1))
+        return "[" + "#" * filled + "." * (BAR_WIDTH - filled) + "]"
+
+    def _left(self, done: int) -> str:
+        seconds = self.seconds_left(done)
+        return "" if seconds is None else f"{_clock(round(seconds))} left"
+
+
+def _clock(seconds: int) -> str:
+    """3d 04h, 2:03:04 or 3:04."""
+    if seconds >= 86400:
+        return f"{seconds // 86400}d {seconds % 86400 // 3600:02d}h"
+    minutes = f"{seconds % 3600 // 60}:{seconds % 60:02d}"
+    return f"{seconds // 3600}:{minutes:0>5}" if seconds >= 3600 else minutes
 
 
 @contextmanager
@@ -49,7 +70,12 @@ def reporter(name: str, total: int, start: int = 0) -> Iterator[Reporter]:
     if not sys.stdout.isatty():
         yield report
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(BAR_WIDTH),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
     with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=Console()) as live:
         report.live = live
         report.task = live.add_task(name, total=total, completed=start, text="")

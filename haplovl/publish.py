@@ -15,12 +15,11 @@ import yaml
 from haplovl.errors import UserError
 from haplovl.files import CANDIDATE, RUNS, STAGE2, read_json, require, sha256_of, write_json
 from haplovl.settings import Params
+from haplovl.tracking import start_wandb, wandb_mode
 
 LOCK = "dvc.lock"
 PUBLISHED = RUNS / "published.json"
-WANDB_FOLDER = RUNS / "wandb"
 FALLBACK_NAME, FALLBACK_EMAIL = "HaploVL", "haplovl@localhost"
-WANDB_TIMEOUT = 30.0
 
 
 @dataclass
@@ -172,7 +171,7 @@ def _log_to_wandb(params: Params, result: PublishResult) -> str:
 
     Offline unless the user sets WANDB_API_KEY or WANDB_MODE; nothing is written outside runs/wandb.
     """
-    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    mode = wandb_mode()
     if mode == "disabled":
         return "disabled"
     try:
@@ -185,29 +184,22 @@ def _log_to_wandb(params: Params, result: PublishResult) -> str:
 
 
 def _wandb_artifact(params: Params, result: PublishResult, mode: str) -> str:
-    folder = WANDB_FOLDER.absolute()
-    for part in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):
-        (folder / part.lower()).mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault(f"WANDB_{part}_DIR", str(folder / part.lower()))
-    import wandb
-
     candidate: dict[str, Any] = read_json(CANDIDATE / "candidate.json")
-    settings = wandb.Settings(silent=True, console="off", init_timeout=WANDB_TIMEOUT, disable_git=True)
     metadata = {
         "git_commit": result.commit,
         "dvc_lock_sha256": sha256_of(Path(LOCK)),
         "version": result.version,
         "dirty": result.dirty,
     }
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT") or params.register_.name,
+    run = start_wandb(
+        params.register_.name,
+        mode,
         name=f"{params.register_.name}@{result.version}",
         job_type="publish",
-        dir=str(RUNS),
-        mode=mode,
         config={**metadata, "params": candidate["params"]},
-        settings=settings,
     )
+    import wandb  # only now that its folders are set
+
     try:
         run.summary["accuracy"] = candidate["metrics"]["evaluation"]["accuracy"]
         artifact = wandb.Artifact(params.register_.name, type="model", metadata=metadata)

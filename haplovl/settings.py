@@ -255,7 +255,7 @@ class LoraSettings(Strict):
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
     """Scale: adapters are added with the factor alpha / rank."""
-    dropout: Share = 0.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
 
 class Stage2Settings(StageSettings):

@@ -10,7 +10,7 @@ LAYERS = ["settings", "records", "pictures", "model", "data", "teachers", "train
 ALLOWED = {
     "model": {"settings", "pictures"},
     "data": {"settings", "records", "pictures", "files", "errors", "progress", "model"},
-    "train": {"settings", "records", "files", "errors", "progress", "model", "data", "teachers"},
+    "train": {"settings", "records", "files", "errors", "progress", "tracking", "model", "data", "teachers"},
     "evaluate": {"settings", "records", "pictures", "files", "errors", "progress", "model", "data"},
 }
 HEAVY = {"prefect", "dvc", "great_expectations", "wandb", "gto", "deepspeed"}

@@ -1,17 +1,26 @@
 """Reads prepared shards and yields packed training batches; the position is the number of steps taken."""
 
+import sys
+import threading
+import time
+from array import array
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate, count, islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from haplovl.data.packing import draw_documents, fill_rows, shortest
+from haplovl.data.packing import Row, draw_documents, fill_rows, shortest
 from haplovl.data.prepare import read_manifest
 from haplovl.errors import UserError
 from haplovl.files import PREPARED
@@ -21,6 +30,8 @@ from haplovl.model.media import read_grids
 from haplovl.settings import BatchSettings, CurriculumPhase, StageMixture
 
 IGNORE = -100
+OPEN_SHARDS = 32
+"""Shards that a thread keeps open."""
 
 
 @dataclass
@@ -57,7 +68,7 @@ class Sample:
 
 
 class PreparedRecords:
-    """Random access to the records of one split; shards are opened when first needed."""
+    """Random access to the records of one split; memory holds a few numbers of each, and no pictures."""
 
     def __init__(self, split: str, processor: HaploProcessor, folder: Path = PREPARED) -> None:
         shards = [s for s in read_manifest(folder)["shards"] if s["split"] == split]
@@ -65,36 +76,60 @@ class PreparedRecords:
             raise UserError(f"{folder} holds no records of the split '{split}'")
         self.processor = processor
         self._paths = [folder / shard["file"] for shard in shards]
-        self._open = lru_cache(maxsize=64)(lambda shard: pq.read_table(self._paths[shard], memory_map=True))
+        self._open = _OpenShards()
         self._picture_tokens = lru_cache(maxsize=None)(processor.image_tokens)
-        self._place: list[tuple[int, int]] = []
+        self._starts = [0]  # number of the first record of every shard, and of all records
         self.kinds: list[str] = []
-        self.lengths: list[int] = []
-        for number, path in enumerate(self._paths):
-            table = pq.read_table(path, columns=["kind", "tokens", "sizes"])
-            self._add(number, table)
+        self.lengths = array("i")
+        """Tokens of every record, those of its pictures included."""
+        self.images = array("i")
+        """Pictures of every record."""
+        for path in self._paths:
+            self._add(path)
 
-    def _add(self, number: int, table: pa.Table) -> None:
+    def _add(self, path: Path) -> None:
+        with _naming(path):
+            table = pq.read_table(path, columns=["kind", "tokens", "sizes"])
         columns = (table[name].to_pylist() for name in ("kind", "tokens", "sizes"))
-        for row, (kind, tokens, sizes) in enumerate(zip(*columns, strict=True)):
-            self._place.append((number, row))
-            self.kinds.append(kind)
+        for kind, tokens, sizes in zip(*columns, strict=True):
+            self.kinds.append(sys.intern(kind))
             counts = [self._picture_tokens(h, w) for w, h in zip(sizes[0::2], sizes[1::2], strict=True)]
             self.lengths.append(tokens + sum(counts) - len(counts))
+            self.images.append(len(counts))
+        self._starts.append(len(self.kinds))
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self.kinds)
 
     def __getitem__(self, index: int) -> Sample:
-        shard, row = self._place[index]
-        data = self._open(shard).slice(row, 1).to_pylist()[0]
-        ids, spans = data["input_ids"], data["spans"]
+        """The record, its pictures decoded; may be called by several threads at once.
+
+        Raises:
+            UserError: the shard cannot be read, or a picture is missing, damaged or of another size than announced.
+        """
+        shard = bisect_right(self._starts, index) - 1
+        with _naming(self._paths[shard]):
+            data = self._open.row(self._paths[shard], index - self._starts[shard])
+        try:
+            sample = self._sample(data)
+            if len(sample.input_ids) != self.lengths[index]:
+                raise ValueError(f"{len(sample.input_ids)} tokens, but the shard announces {self.lengths[index]}")
+        except ValueError as error:
+            raise UserError(f"record '{data['id']}' in {self._paths[shard]}: {error}; prepare the data anew") from None
+        return sample
+
+    def _sample(self, data: dict[str, Any]) -> Sample:
+        ids, spans, pictures = data["input_ids"], data["spans"], data["images"]
+        placeholders = ids.count(self.processor.image_token_id)
+        if len(pictures) != placeholders or None in pictures:
+            found = sum(picture is not None for picture in pictures)
+            raise ValueError(f"{found} pictures for {placeholders} image placeholders")
         labels = [IGNORE] * len(ids)
         for start, stop in zip(spans[0::2], spans[1::2], strict=True):
             labels[start:stop] = ids[start:stop]
         pixels, grids = None, []
-        if data["images"]:
-            seen = self.processor.image_processor(data["images"], return_tensors="pt")
+        if pictures:
+            seen = self.processor.image_processor(pictures, return_tensors="pt")
             grids = read_grids(seen["image_grids"])
             tiles = zip(seen["pixel_values"], grids, strict=True)
             pixels = torch.cat([picture[: grid.tiles] for picture, grid in tiles])
@@ -103,19 +138,47 @@ class PreparedRecords:
         return Sample(data["id"], full_ids, full_labels, pixels, grids)
 
 
+class _OpenShards(threading.local):
+    """A few open shards of each thread, since a Parquet reader serves one thread at a time."""
+
+    def __init__(self) -> None:
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(_open_shard)
+
+    def row(self, path: Path, row: int) -> dict[str, Any]:
+        """One row; only the row group that holds it is read."""
+        file, starts = self._open(path)
+        group = bisect_right(starts, row) - 1
+        return file.read_row_group(group, use_threads=False).slice(row - starts[group], 1).to_pylist()[0]
+
+
+def _open_shard(path: Path) -> tuple[pq.ParquetFile, list[int]]:
+    """The file and the number of the first row of every row group."""
+    file = pq.ParquetFile(path, pre_buffer=False)  # with it, each open file keeps what it read last
+    counts = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+    return file, list(accumulate(counts, initial=0))[:-1]
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns what pyarrow says about an unreadable shard into one sentence that names it."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"the shard {path} cannot be read: {error}; prepare the data anew") from None
+
+
 def _expanded(ids: list[int], labels: list[int], image_id: int, counts: list[int]) -> tuple[list[int], list[int]]:
     """Repeats every image placeholder, and its label, once per token of its picture."""
-    remaining = iter(counts)
-    repeats = [next(remaining) if token == image_id else 1 for token in ids]
-    full_ids = [token for token, times in zip(ids, repeats, strict=True) for _ in range(times)]
-    return full_ids, [label for label, times in zip(labels, repeats, strict=True) for _ in range(times)]
+    repeats = np.ones(len(ids), dtype=np.int64)
+    repeats[np.array(ids) == image_id] = counts
+    return np.repeat(ids, repeats).tolist(), np.repeat(labels, repeats).tolist()
 
 
 class PackedLoader:
     """Yields the micro-batches of every optimiser step for one rank, from any step on.
 
     Order and packing follow from the seed and the epoch alone, so step s always holds the same records, whatever the
-    number of ranks: the rows of a step are dealt to ranks in contiguous blocks.
+    number of ranks and workers: the rows of a step are dealt to ranks in contiguous blocks.
     """
 
     def __init__(
@@ -128,6 +191,7 @@ class PackedLoader:
         rank: int = 0,
         world: int = 1,
         curriculum: Sequence[CurriculumPhase] = (),
+        workers: int = 1,
     ) -> None:
         micro = min(micro_batch_rows, batch.rows // world) if batch.rows >= world else 0
         if not micro or batch.rows % (micro * world):
@@ -136,55 +200,90 @@ class PackedLoader:
                 f"{micro_batch_rows} rows"
             )
         self.records, self.batch, self.mixture, self.seed = records, batch, mixture, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.workers = rank, world, workers
         self._shares = [phase.share for phase in curriculum for _ in range(phase.epochs)]
         self.micro_batches = batch.rows // (micro * world)
         """Micro-batches per step and rank: the gradient accumulation steps."""
         self.micro_rows = micro
-        self._epoch = (-1, [])
-        self._first_steps = [0]  # first step of every epoch seen so far, and of the one after
+        self.waited = 0.0
+        """Seconds that the latest step of `steps` kept its caller waiting."""
+        self._rest = (self._every_step(), 0)  # the steps that are not packed yet, and the number of the first
 
-    def rows_of_step(self, step: int) -> list[list[list[int]]]:
-        """All rows of a step (counted from 0), over all ranks: rows of documents of record indices."""
-        while step >= self._first_steps[-1]:
-            rows = self._rows_of_epoch(len(self._first_steps) - 1)
-            self._first_steps.append(self._first_steps[-1] + len(rows) // self.batch.rows)
-        epoch = bisect_right(self._first_steps, step) - 1
-        start = (step - self._first_steps[epoch]) * self.batch.rows
-        return self._rows_of_epoch(epoch)[start : start + self.batch.rows]
+    def rows_of_step(self, step: int) -> list[Row]:
+        """All rows of a step (counted from 0), over all ranks. Going forward, only what lies between is packed."""
+        steps, first = self._rest
+        if step < first:
+            steps, first = self._every_step(), 0
+        self._rest = (self._every_step(), 0)  # for whoever asks again after an error
+        rows = next(islice(steps, step - first, None))
+        self._rest = (steps, step + 1)
+        return rows
 
-    def _rows_of_epoch(self, epoch: int) -> list[list[list[int]]]:
-        """The epoch's rows, cut to whole steps."""
-        if self._epoch[0] != epoch:
-            records, limit = self.records, self.batch.row_tokens
-            allowed = shortest(records.lengths, self._shares[epoch]) if epoch < len(self._shares) else None
-            documents = draw_documents(records.kinds, records.lengths, self.mixture, limit, self.seed, epoch, allowed)
-            try:
-                rows = fill_rows(documents, records.lengths, limit)
-            except ValueError as error:
-                raise UserError(f"{error}; raise batch.row_tokens or lower prepare.max_tokens") from None
-            whole = len(rows) // self.batch.rows * self.batch.rows
-            if not whole:
-                raise UserError(f"one epoch fills {len(rows)} rows, fewer than the {self.batch.rows} of one step")
-            self._epoch = (epoch, rows[:whole])
-        return self._epoch[1]
+    def _every_step(self) -> Iterator[list[Row]]:
+        """The steps of one epoch after the other; what is left of an epoch and makes no whole step is dropped."""
+        for epoch in count():
+            rows = self._rows_of_epoch(epoch)
+            taken = list(islice(rows, self.batch.rows))
+            if len(taken) < self.batch.rows:
+                raise UserError(f"one epoch fills {len(taken)} rows, fewer than the {self.batch.rows} of one step")
+            while len(taken) == self.batch.rows:
+                yield taken
+                taken = list(islice(rows, self.batch.rows))
+
+    def _rows_of_epoch(self, epoch: int) -> Iterator[Row]:
+        records, tokens, images = self.records, self.batch.row_tokens, self.batch.row_images
+        kinds, lengths, pictures = records.kinds, records.lengths, records.images
+        allowed = shortest(lengths, self._shares[epoch]) if epoch < len(self._shares) else None
+        drawn_by = (self.mixture, tokens, self.seed, epoch, allowed)
+        documents = draw_documents(kinds, lengths, *drawn_by, pictures, images)
+        try:
+            return fill_rows(documents, lengths, tokens, self.batch.lookahead, pictures, images)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step."""
-        per_rank = self.batch.rows // self.world
-        rows = self.rows_of_step(step)[self.rank * per_rank : (self.rank + 1) * per_rank]
-        return [self.collate(rows[i : i + self.micro_rows]) for i in range(0, per_rank, self.micro_rows)]
+        rows = self.rows_of_step(step)
+        return [self._micro_batch(rows, number) for number in range(self.micro_batches)]
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """Yields steps start … stop − 1; the next one is decoded beside the caller's work."""
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            upcoming = pool.submit(self.step, start) if start < stop else None
-            for number in range(start, stop):
-                ready = upcoming.result()
-                upcoming = pool.submit(self.step, number + 1) if number + 1 < stop else None
-                yield ready
+        """Yields steps start … stop − 1; `workers` threads decode the next ones beside the caller's work.
 
-    def collate(self, rows: list[list[list[int]]]) -> Batch:
+        One step and one micro-batch per worker are ready or in work ahead of the caller. `waited` tells how long each
+        step kept the caller waiting. The threads end with the iterator.
+
+        Raises:
+            UserError: what went wrong in a worker, when its step is due.
+        """
+        packer, decoders = ThreadPoolExecutor(1, "packer"), ThreadPoolExecutor(self.workers, "decoder")
+        ahead: deque[Future[Batch]] = deque()
+
+        def submit() -> Iterator[Future[Batch]]:
+            for step in range(start, stop):
+                # One thread packs, in order: an epoch's rows follow from those before.
+                rows = packer.submit(self.rows_of_step, step)
+                for number in range(self.micro_batches):
+                    yield decoders.submit(lambda rows=rows, number=number: self._micro_batch(rows.result(), number))
+
+        submitted = submit()
+        try:
+            ahead.extend(islice(submitted, self.micro_batches + self.workers))
+            for _ in range(start, stop):
+                began = time.perf_counter()
+                ready = [ahead.popleft().result() for _ in range(self.micro_batches)]
+                self.waited = time.perf_counter() - began
+                ahead.extend(islice(submitted, self.micro_batches))
+                yield ready
+        finally:
+            packer.shutdown(cancel_futures=True)
+            decoders.shutdown(cancel_futures=True)
+
+    def _micro_batch(self, rows: list[Row], number: int) -> Batch:
+        """Micro-batch `number` of this rank out of all rows of a step."""
+        first = self.rank * (self.batch.rows // self.world) + number * self.micro_rows
+        return self.collate(rows[first : first + self.micro_rows])
+
+    def collate(self, rows: list[Row]) -> Batch:
         """One micro-batch of rows."""
         shape = (len(rows), self.batch.row_tokens)
         input_ids = torch.zeros(shape, dtype=torch.long)

@@ -1,15 +1,19 @@
 """Packing: records become documents, documents fill rows of a token budget. A pure function of lengths and seed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, islice
 from random import Random
 
 from haplovl.settings import StageMixture
 
-OPEN_ROWS = 64
-"""Rows that stay open at once: the look-ahead that lets short documents fill the gaps of long ones."""
 RECORDS_PER_INTERLEAVED = 3
 """Most records that are joined into one interleaved document."""
+PATIENCE = 32
+"""Documents among which a row must halve its padding, or it is closed: rows that nothing can fill stay cheap."""
+
+Row = list[list[int]]
+"""Documents of record indices."""
 
 
 def draw_documents(
@@ -20,12 +24,14 @@ def draw_documents(
     seed: int,
     epoch: int,
     allowed: Sequence[int] | None = None,
+    images: Sequence[int] | None = None,
+    row_images: int | None = None,
 ) -> list[list[int]]:
     """One epoch's documents in training order, each a list of record indices.
 
     A kind of weight w occurs w times per epoch (the fraction by lot). A share of the documents, `interleaved`, joins
     up to three records that together fit a row: sequences that interleave several images and texts. `allowed` limits
-    the epoch to some records.
+    the epoch to some records; `images` are the pictures of every record, which `row_images` bounds in a row.
     """
     random = Random(f"documents-{seed}-{epoch}")
     weights = {"instruction": mixture.instruction, "caption": mixture.caption, "text": mixture.text}
@@ -39,12 +45,13 @@ def draw_documents(
         document = [chosen[position]]
         position += 1
         if mixture.interleaved and random.random() < mixture.interleaved:
-            total = lengths[document[0]]
             while position < len(chosen) and len(document) < RECORDS_PER_INTERLEAVED:
-                total += lengths[chosen[position]]
-                if total > row_tokens:
+                joined = [*document, chosen[position]]
+                if sum(lengths[index] for index in joined) > row_tokens:
                     break
-                document.append(chosen[position])
+                if images and row_images and sum(images[index] for index in joined) > row_images:
+                    break
+                document = joined
                 position += 1
         documents.append(document)
     return documents
@@ -56,29 +63,118 @@ def shortest(lengths: Sequence[int], share: float) -> list[int]:
     return sorted(ranked[: math.ceil(share * len(ranked))])
 
 
-def fill_rows(documents: list[list[int]], lengths: Sequence[int], row_tokens: int) -> list[list[list[int]]]:
-    """Packs documents into rows of at most `row_tokens` tokens: best fit among the open rows, in order.
+def fill_rows(
+    documents: Sequence[list[int]],
+    lengths: Sequence[int],
+    row_tokens: int,
+    lookahead: int = 4096,
+    images: Sequence[int] | None = None,
+    row_images: int | None = None,
+) -> Iterator[Row]:
+    """Packs documents into rows of at most `row_tokens` tokens and `row_images` pictures; yields one row at a time.
 
-    Returns rows of documents of record indices.
+    Every row takes the oldest waiting document and those of the next `lookahead` that fill it best, or as many as fit
+    in their order where that is more. Where several choices fill it alike, older documents go first. `lengths` and
+    `images` are those of the records.
 
     Raises:
-        ValueError: a document is longer than a row.
+        ValueError: at once, if a document has more tokens or pictures than a row.
     """
-    done: list[list[list[int]]] = []
-    rows: list[tuple[int, list[list[int]]]] = []  # (free tokens, documents), oldest first
-    for document in documents:
-        size = sum(lengths[index] for index in document)
-        if size > row_tokens:
-            raise ValueError(f"a document of {size} tokens does not fit into a row of {row_tokens}")
-        fitting = [i for i, (free, _) in enumerate(rows) if free >= size]
-        if fitting:
-            best = min(fitting, key=lambda i: rows[i][0])
-            free, content = rows[best]
-            content.append(document)
-            rows[best] = (free - size, content)
-        else:
-            rows.append((row_tokens - size, [document]))
-        if len(rows) > OPEN_ROWS:
-            fullest = min(range(len(rows)), key=lambda i: rows[i][0])
-            done.append(rows.pop(fullest)[1])
-    return done + [content for _, content in rows]
+    sizes = [sum(lengths[index] for index in document) for document in documents]
+    if max(sizes, default=0) > row_tokens:
+        raise ValueError(
+            f"a document of {max(sizes)} tokens does not fit into a row of {row_tokens}; "
+            "raise batch.row_tokens or lower prepare.max_tokens"
+        )
+    pictures, bound = [0] * len(documents), 0
+    if images is not None and row_images is not None:
+        pictures, bound = [sum(images[index] for index in document) for document in documents], row_images
+    if max(pictures, default=0) > bound:
+        raise ValueError(
+            f"a document with {max(pictures)} pictures does not fit into a row of {bound}; raise batch.row_images"
+        )
+    if all(own * row_tokens <= bound * size for own, size in zip(pictures, sizes, strict=True)):
+        pictures, bound = [0] * len(documents), 0  # no row of so many tokens can have more pictures than the bound
+    row = _RowSums(row_tokens, bound)
+    return _filled(documents, list(map(row.place, sizes, pictures)), row, lookahead)
+
+
+def real_token_share(rows: Iterable[Row], lengths: Sequence[int], row_tokens: int) -> float:
+    """Share of the rows' positions that hold a token of a document; the rest is padding."""
+    number = tokens = 0
+    for row in rows:
+        number += 1
+        tokens += sum(lengths[index] for document in row for index in document)
+    return tokens / (number * row_tokens) if number else 0.0
+
+
+class _RowSums:
+    """Which sums of tokens and pictures a row may hold, as the bits of one integer.
+
+    Bit `place(t, p)` stands for t tokens and p pictures. Adding a document to every sum at once is then a shift by its
+    place. Each count of tokens has bits for twice the pictures: too many fall on bits that `allowed` clears.
+    """
+
+    def __init__(self, tokens: int, pictures: int) -> None:
+        self.stride = 2 * pictures + 1
+        every_count = ((1 << self.stride * (tokens + 1)) - 1) // ((1 << self.stride) - 1)
+        self.allowed = every_count * ((1 << pictures + 1) - 1)
+        self.full = self.place(tokens, 0)
+        """The first bit of a row without padding."""
+
+    def place(self, tokens: int, pictures: int) -> int:
+        return tokens * self.stride + pictures
+
+    def padding(self, sums: int) -> int:
+        """Tokens that the fullest of the sums leaves free."""
+        return (self.full - sums.bit_length()) // self.stride + 1
+
+
+def _filled(documents: Sequence[list[int]], places: list[int], row: _RowSums, lookahead: int) -> Iterator[Row]:
+    fresh = iter(range(len(documents)))
+    waiting: list[int] = []  # what earlier rows passed over, oldest first
+    while sums := _reachable(waiting, fresh, places, row, lookahead):
+        chosen = _choice(sums, [places[document] for document in waiting[: len(sums)]])
+        yield [documents[waiting[position]] for position in chosen]
+        for position in reversed(chosen):
+            del waiting[position]
+
+
+def _reachable(waiting: list[int], fresh: Iterator[int], places: list[int], row: _RowSums, lookahead: int) -> list[int]:
+    """Subset sums by dynamic programming: entry n has those of the oldest document with any of the n after it.
+
+    Moves the documents that it looks at from `fresh` to `waiting`. (Best fit, one document after the other, leaves
+    gaps that no single document fills: a picture alone takes 576 tokens.)
+    """
+    sums: list[int] = []
+    in_order, fits_in_order = 0, True
+    last_check = last_padding = 0
+    for position in count():
+        if position == len(waiting):
+            waiting += islice(fresh, 1)
+            if position == len(waiting):
+                break
+        place = places[waiting[position]]
+        with_it = (sums[-1] if sums else 1) << place & row.allowed
+        sums.append(sums[-1] | with_it if sums else with_it)
+        if fits_in_order:
+            in_order += place
+            fits_in_order = bool(sums[-1] >> in_order & 1)
+        if fits_in_order or position == last_check + PATIENCE:
+            padding = row.padding(sums[-1])
+            if not fits_in_order and 2 * padding > last_padding:
+                break
+            last_check, last_padding = position, padding
+        if sums[-1] >> row.full or (position + 1 >= lookahead and not fits_in_order):
+            break
+    return sums
+
+
+def _choice(sums: list[int], places: list[int]) -> list[int]:
+    """Positions of the documents that make up the last entry's greatest sum; the newest are left out where they can."""
+    chosen, rest = [], sums[-1].bit_length() - 1
+    for position in range(len(sums) - 1, 0, -1):
+        if not sums[position - 1] >> rest & 1:
+            chosen.append(position)
+            rest -= places[position]
+    return [0, *reversed(chosen)]

@@ -31,6 +31,9 @@ SCHEMA = pa.schema(
 """One row per record: ids with one placeholder per image, spans as start, stop, start, stop …, pictures as encoded
 files, their width and height, and the record's tokens (placeholders counted once) and supervised tokens."""
 
+ROW_GROUP = 16
+"""Records of a shard that are read together: training reads them one by one, in random order."""
+
 
 def prepare(params: Params) -> None:
     """Writes data/prepared/: shards per split, what was refused and why, and the manifest.
@@ -94,7 +97,8 @@ def _write_split(folder: Path, split: str, rows: Iterator[dict[str, Any]], param
 
     def flush() -> None:
         path = folder / f"{split}-{len(shards):05d}.parquet"
-        pq.write_table(pa.Table.from_pylist(batch, schema=SCHEMA), path, compression="zstd")
+        table = pa.Table.from_pylist(batch, schema=SCHEMA)
+        pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
         shards.append(
             {
                 "file": path.name,

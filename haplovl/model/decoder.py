@@ -150,7 +150,8 @@ class HaploAttention(nn.Module):
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is not None:
             key, value = cache.update(key, value, self.cache_index)
-        attend = eager_attention if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
+        # By this call transformers also recognises that the backend of a model can be set.
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention)
         out, _ = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0, is_causal=True, **options)
         return self.out_proj(out.reshape(batch, length, -1))
 

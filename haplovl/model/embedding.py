@@ -110,6 +110,6 @@ class HaploImageEmbedding(nn.Module):
         flags = []
         for grid in grids:
             rows = torch.ones(grid.out_rows, grid.out_columns, dtype=torch.bool)
-            rows = functional.pad(rows, (0, int(self.newline is not None)))
-            flags.append(functional.pad(rows.flatten(), (grid.tiles * int(self.class_token is not None), 0)))
+            rows = functional.pad(rows, (0, int(self.config.image_newline)))
+            flags.append(functional.pad(rows.flatten(), (grid.tiles * int(self.config.class_token), 0)))
         return torch.cat(flags)

@@ -72,7 +72,8 @@ class RunFolder:
     @classmethod
     def of(cls, stage: str, identity: dict[str, Any]) -> "RunFolder":
         """The folder of a stage's run; one that was left half-written is made clean."""
-        folder = cls(RUNS / "training" / f"{stage}-{fingerprint(identity)[:16]}", identity)
+        folder = cls(Path(), identity)
+        folder.path = RUNS / "training" / f"{stage}-{folder.key[:16]}"
         if is_main():
             folder.path.mkdir(parents=True, exist_ok=True)
             if (folder.path / FINISHED).exists():  # the same run again, from its beginning
@@ -83,6 +84,11 @@ class RunFolder:
                     shutil.rmtree(path)
         barrier()
         return folder
+
+    @property
+    def key(self) -> str:
+        """Hash of the identity."""
+        return fingerprint(self.identity)
 
     @property
     def log(self) -> Path:

@@ -2,6 +2,8 @@
 
 import math
 import os
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -66,7 +68,8 @@ def make_engine(
         "steps_per_print": 10**9,
     }
     optimizer = optimizer or make_optimizer(objective, settings.optimizer)
-    return deepspeed.initialize(model=objective, optimizer=optimizer, config=config)[0]
+    with redirect_stdout(StringIO()):  # its bf16 optimiser prints memory figures that nobody asked for
+        return deepspeed.initialize(model=objective, optimizer=optimizer, config=config)[0]
 
 
 def _zero(stage: int, compute: ComputeProfile) -> dict[str, Any]:

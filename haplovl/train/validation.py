@@ -1,5 +1,6 @@
 """The loss on held-out records: by it the best checkpoint is known."""
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ class Validation:
         """`loader` reads the held-out records in the batches of training."""
         self._loader = loader
         documents = [[index] for index in range(len(loader.records))]
-        rows = fill_rows(documents, loader.records.lengths, loader.batch.row_tokens)[:MOST_ROWS]
+        filled = fill_rows(documents, loader.records.lengths, loader.batch.row_tokens)
+        rows = list(islice(filled, MOST_ROWS))
         size = loader.micro_rows * loader.world
         # Every rank takes as many batches, as under ZeRO 3 they go through the model together.
         self._rows = [

@@ -1,7 +1,11 @@
 """From validated records through shards to packed batches: nothing lost, nothing mislabelled, any position."""
 
 import json
+import threading
+import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -127,6 +131,144 @@ def test_a_step_that_cannot_be_split_is_refused(project, processor):
     prepare(project)
     with pytest.raises(UserError, match="4 rows cannot be split over 3 processes"):
         PackedLoader(PreparedRecords("train", processor), BATCH, StageMixture(), 1, 1, 0, 3)
+
+
+def test_rows_keep_to_the_bound_on_pictures(project, processor):
+    prepare(project)
+    records = PreparedRecords("train", processor)
+    assert list(records.images[:6]) == [0, 1, 2, 0, 1, 2]
+    batch = BatchSettings(rows=4, row_tokens=512, row_images=2)
+    for step in range(5):
+        for one in PackedLoader(records, batch, StageMixture(interleaved=0.5), 1, 1).step(step):
+            assert len(one.image_grids) <= 2
+    with pytest.raises(UserError, match=r"2 pictures does not fit into a row of 1; raise batch\.row_images"):
+        PackedLoader(records, batch.model_copy(update={"row_images": 1}), StageMixture(), 1, 1).step(0)
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+class Watched(PreparedRecords):
+    """Counts what is read, and takes its time."""
+
+    read, seconds = 0, 0.0
+
+    def __getitem__(self, index):
+        self.read += 1
+        time.sleep(self.seconds)
+        return super().__getitem__(index)
+
+
+def own_threads():
+    return [t.name for t in threading.enumerate() if t.name.startswith(("packer", "decoder"))]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_workers_gives_the_same_steps(project, processor, workers):
+    prepare(project)
+    records = PreparedRecords("train", processor)
+    plain = PackedLoader(records, BATCH, StageMixture(), 1, 2)
+    ahead = PackedLoader(records, BATCH, StageMixture(), 1, 2, workers=workers)
+    for number, step in enumerate(ahead.steps(3, 30), start=3):
+        for one, other in zip(step, plain.step(number), strict=True):
+            assert one.record_ids == other.record_ids
+            assert torch.equal(one.input_ids, other.input_ids)
+            assert torch.equal(one.pixel_values, other.pixel_values)
+    assert number == 29
+    assert not own_threads()
+
+
+def test_workers_stay_a_bounded_number_of_steps_ahead_and_end_with_the_iterator(project, processor):
+    prepare(project)
+    records = Watched("train", processor)
+    loader = PackedLoader(records, BATCH, StageMixture(), 1, 2, workers=2)
+    sizes = [sum(len(document) for row in loader.rows_of_step(step) for document in row) for step in range(4)]
+    steps = loader.steps(0, 1000)
+    next(steps)
+    before, deadline = -1, time.monotonic() + 20
+    while records.read != before and time.monotonic() < deadline:
+        before = records.read
+        time.sleep(0.1)
+    # One step was given out; two micro-batches (a step) and one per worker (another step) are ready.
+    assert records.read == sum(sizes[:3])
+    assert own_threads()
+    steps.close()
+    assert not own_threads()
+    assert records.read == sum(sizes[:3])
+
+
+def test_it_is_known_how_long_the_caller_waited(project, processor):
+    prepare(project)
+    records = Watched("train", processor)
+    loader = PackedLoader(records, BATCH, StageMixture(), 1, 4, workers=1)
+    records.seconds = 0.02
+    steps = loader.steps(0, 5)
+    next(steps)
+    assert loader.waited > 0.02 * len(loader.rows_of_step(0))
+    time.sleep(1.5)
+    next(steps)
+    assert loader.waited < 0.02
+    steps.close()
+
+
+def rewrite(column, change, record="r4"):
+    """Changes one record's value of a column in the first shard."""
+    path = PREPARED / "train-00000.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    for row in rows:
+        if row["id"] == record:
+            row[column] = change(row[column])
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "reason"),
+    [
+        ("images", lambda images: [images[0][:60]], "image 1 of 1: .*damaged"),
+        ("images", lambda images: [b""], "image 1 of 1: the file has 0 bytes"),
+        ("images", lambda images: [None], "0 pictures for 1 image placeholders"),
+        ("images", lambda images: [], "0 pictures for 1 image placeholders"),
+        ("images", lambda images: images * 2, "2 pictures for 1 image placeholders"),
+        ("sizes", lambda sizes: sizes * 2, "[0-9]+ tokens, but the shard announces"),
+    ],
+)
+def test_a_picture_that_cannot_be_used_is_named_with_its_record_and_shard(project, processor, column, change, reason):
+    prepare(project)
+    rewrite(column, change)
+    loader = PackedLoader(PreparedRecords("train", processor), BATCH, StageMixture(), 1, 2, workers=2)
+    with pytest.raises(UserError, match=rf"record 'r4' in data/prepared/train-00000\.parquet: {reason}"):
+        for _ in loader.steps(0, 30):
+            pass
+    assert not own_threads()
+
+
+def test_a_damaged_shard_is_named(project, processor):
+    prepare(project)
+    records = PreparedRecords("train", processor)
+    path = PREPARED / "train-00000.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    for read in (lambda: records[0], lambda: PreparedRecords("train", processor)):
+        with pytest.raises(UserError, match=r"the shard data/prepared/train-00000\.parquet cannot be read"):
+            read()
+
+
+def test_pictures_do_not_stay_in_memory(mixed_sizes):
+    params, processor, _ = mixed_sizes
+    settings = params.prepare.model_copy(update={"records_per_shard": 4})
+    prepare(params.model_copy(update={"prepare": settings}))
+    records = PreparedRecords("train", processor)
+    shards = sum(shard.stat().st_size for shard in PREPARED.glob("train-*.parquet"))
+    before = pa.total_allocated_bytes()
+    for index in range(len(records)):
+        _ = records[index]
+    assert pa.total_allocated_bytes() - before < shards / 4
+
+
+def test_reading_a_record_reads_few_others(project, processor):
+    prepare(project)
+    file = pq.ParquetFile(PREPARED / "train-00000.parquet")
+    groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    assert sum(groups) == 50
+    assert max(groups) <= 16
 
 
 # --- any resolution ------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """One rank of a distributed training run, as tests need it: `python worker.py JOB.json`.
 
-The job names a model folder, the stages of ZeRO to try and where to write; rank 0 writes per stage the gradients of the
-first step, the losses of all steps and the weights at the end.
+The job names a model folder and the runs to make, one after the other; rank 0 writes for each of them the gradients of
+the first step, the losses of all steps and the weights at the end.
 """
 
 import json
@@ -16,6 +16,7 @@ from haplovl.data.loader import IGNORE, Batch
 from haplovl.model import HaploForConditionalGeneration
 from haplovl.model.layout import single_tile
 from haplovl.settings import BatchSettings, ComputeProfile, OptimizerSettings, StageSettings
+from haplovl.train.checkpoint import RunFolder
 from haplovl.train.engine import accumulate, global_counts, make_engine, start_distributed, update
 from haplovl.train.objectives import Distillation, InstructionTuning
 from haplovl.train.state import full_weights
@@ -69,24 +70,32 @@ def objective_of(job):
     return model, Distillation(model, CLIPVisionModel.from_pretrained(job["vision"]), -1, 0.1)
 
 
-def run(job, zero, settings, out):
+def run(job, part, settings):
+    """One training run; `part` names the ZeRO stage, the file to write, and a folder to save to or to resume from."""
     from deepspeed.utils import safe_get_full_grad
 
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world, zero = dist.get_rank(), dist.get_world_size(), part["zero"]
     compute = ComputeProfile(name="x", micro_batch_rows=1, zero_stage=zero, offload=job["offload"] if zero else "none")
     model, objective = objective_of(job)
-    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.05)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.05) if job["optimizer"] == "sgd" else None
     engine = make_engine(objective, settings, compute, ROWS // world, optimizer)
     losses, gradients = [], {}
-    for step in range(settings.steps):
+    start = RunFolder(Path(part["resume"]), {}).resume(engine, 0) if "resume" in part else 0
+    for step in range(start, settings.steps):
         own = batches(model.config, step, rank, world)
         losses.append(sum(accumulate(engine, own, global_counts(objective, own)).values()))
         if step == 0:
             gradients = {name: safe_get_full_grad(p).clone() for name, p in objective.named_parameters()}
         update(engine)
+        if step + 1 == settings.steps // 2 and "save" in part:
+            folder = RunFolder(Path(part["save"]), {})
+            Path(part["save"]).mkdir(exist_ok=True)
+            folder.save(engine, step + 1)
+            folder.finish_writing()
     weights = {name: value.clone() for name, value in full_weights(objective)}
     if rank == 0:
-        torch.save({"losses": losses, "gradients": gradients, "weights": weights}, out)
+        torch.save({"start": start, "losses": losses, "gradients": gradients, "weights": weights}, part["out"])
     engine.destroy()
 
 
@@ -96,12 +105,12 @@ def main():
         steps=job["steps"],
         precision=job["precision"],
         batch=BatchSettings(rows=ROWS, row_tokens=LENGTH),
-        optimizer=OptimizerSettings(learning_rate=0.05, max_grad_norm=job["clip"]),
+        optimizer=OptimizerSettings(learning_rate=job["rate"]),
     )
     torch.set_num_threads(1)
     start_distributed(ComputeProfile(name="x", micro_batch_rows=1))
-    for zero in job["zero"]:
-        run(job, zero, settings, Path(job["out"]) / f"zero{zero}-world{dist.get_world_size()}.pt")
+    for part in job["runs"]:
+        run(job, part, settings)
     dist.destroy_process_group()
 
 

@@ -1,0 +1,118 @@
+"""A stage of training before and after its steps: built from what the pipeline made, saved as a transformers folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from haplovl.errors import UserError
+from haplovl.files import PREPARED, STAGE1, STAGE2, TEACHERS, require, sha256_of, sha256_of_folder, whole_folder
+from haplovl.model import HaploForConditionalGeneration, HaploProcessor
+from haplovl.model.inherit import inherit
+from haplovl.records import write_jsonl
+from haplovl.settings import Params, Stage1Settings, Stage2Settings, fingerprint
+from haplovl.teachers import load_language, load_vision, seed_everything
+from haplovl.train.checkpoint import is_main, say
+from haplovl.train.engine import DTYPES
+from haplovl.train.flops import StepFlops
+from haplovl.train.lora import add_adapters, merged_weights
+from haplovl.train.monitor import without_measurements
+from haplovl.train.objectives import Distillation, InstructionTuning
+from haplovl.train.state import full_weights
+
+OUTPUTS = {"stage1": STAGE1, "stage2": STAGE2}
+
+
+@dataclass
+class Stage:
+    """Everything a stage needs apart from the engine."""
+
+    name: str
+    settings: Stage1Settings | Stage2Settings
+    model: HaploForConditionalGeneration
+    objective: nn.Module
+    processor: HaploProcessor
+    flops: StepFlops
+    identity: dict[str, Any]
+    """What decides the result, by name."""
+
+
+def build_stage(name: str, params: Params) -> Stage:
+    """Model and objective of `stage1` or `stage2`.
+
+    Raises:
+        UserError: inputs are missing, or settings and teachers do not fit.
+    """
+    seed_everything(params.seed)
+    manifest = sha256_of(require(PREPARED / "manifest.json", "prepare"))
+    build = _stage1 if name == "stage1" else _stage2
+    settings, start, processor, model, objective, flops = build(params)
+    identity = {
+        name: settings.model_dump(mode="json"),
+        "seed": params.seed,
+        "model": params.model.model_dump(mode="json"),
+        "data (manifest)": manifest,
+        "initial weights": sha256_of_folder(start),
+        "code": _code_hash(),
+    }
+    return Stage(name, settings, model.train(), objective.train(), processor, flops, identity)
+
+
+def _stage1(params: Params) -> tuple[Any, ...]:
+    start = require(TEACHERS, "teachers")
+    processor = HaploProcessor.from_pretrained(TEACHERS / "processor")
+    vision = load_vision(TEACHERS / "vision")
+    ids = processor.image_token_id, len(processor.tokenizer), processor.video_token_id
+    try:
+        model = inherit(vision, load_language(TEACHERS / "language"), params.model, *ids)
+    except ValueError as error:
+        raise UserError(f"the model cannot be built from its teachers: {error}") from None
+    # Generation must end where training ended its answers.
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    settings = params.stage1
+    objective = Distillation(model, vision, settings.vision_layer, settings.temperature)
+    return settings, start, processor, model, objective, StepFlops.stage1(model, vision.config)
+
+
+def _stage2(params: Params) -> tuple[Any, ...]:
+    start = require(STAGE1, "train stage1")
+    processor = HaploProcessor.from_pretrained(STAGE1)
+    model = HaploForConditionalGeneration.from_pretrained(STAGE1, dtype=torch.float32)
+    settings = params.stage2
+    if settings.lora is not None:
+        add_adapters(model, settings.lora, params.seed)
+    return settings, start, processor, model, InstructionTuning(model), StepFlops.stage2(model)
+
+
+def _code_hash() -> str:
+    """Hash of the code that decides a training result, so that no run continues a state of other code."""
+    package = Path(__file__).parent.parent
+    files = sorted(
+        [package / "pictures.py", *package.glob("model/*.py"), *package.glob("train/*.py"), *package.glob("data/*.py")]
+    )
+    return fingerprint([[str(f.relative_to(package)), sha256_of(f)] for f in files])
+
+
+def save_stage(stage: Stage, rows: list[dict[str, Any]], connector_is_text_head: bool) -> None:
+    """Writes the stage's transformers folder: weights, processor and the log without its timings; all ranks call it.
+
+    Stage 1 leaves the language model in float32; one type for the whole folder.
+    """
+    precision = torch.float32 if stage.name == "stage1" else DTYPES[stage.settings.precision]
+    weights = {name: value.to(precision) for name, value in full_weights(stage.model) if is_main()}
+    heads = dict(full_weights(stage.objective.text_head)) if isinstance(stage.objective, Distillation) else {}
+    if not is_main():
+        return
+    if heads and connector_is_text_head:
+        weights |= {f"model.connector.{name}": value.to(precision) for name, value in heads.items()}
+    if stage.name == "stage2" and stage.settings.lora is not None:
+        weights = merged_weights(weights, stage.settings.lora)
+    stage.model.config.dtype = precision
+    with whole_folder(OUTPUTS[stage.name]) as folder:
+        stage.model.eval().save_pretrained(folder, state_dict=weights)
+        stage.processor.save_pretrained(folder)
+        write_jsonl(folder / "training_log.jsonl", map(without_measurements, rows))
+    say(f"{stage.name}: loss {rows[-1]['loss']:.4f} after {len(rows)} steps -> {OUTPUTS[stage.name]}")
