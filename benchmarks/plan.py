@@ -1,10 +1,11 @@
 """How far `haplovl plan` is off: predicted and measured memory and time of a stage-2 training of over 300M weights.
 
-Each run is a process of its own: random weights, our engine and objective, three steps on two threads of a CPU. Memory
-is the largest resident set less that after the imports. Time is predicted from the MFU of another, smaller shape,
-measured in the same minute; the peak is the rate of a large matrix product.
+Each run is a process of its own: random weights, our engine and objective, three steps on a CPU. Memory is the largest
+resident set less that after the imports. Time is predicted from the MFU of another, smaller shape, measured just before;
+the peak is the rate of a large matrix product. Seconds are those of the processor per thread, so that other work on the
+machine does not count; with one thread (the default) nothing waits for a thread that others hold up.
 
-    python benchmarks/plan.py [--json FILE]
+    python benchmarks/plan.py [--json FILE] [--threads N]
 """
 
 import argparse
@@ -23,7 +24,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
-THREADS = 2
 STEPS = 3
 SHAPES: dict[str, dict[str, Any]] = {
     "large": {
@@ -57,17 +57,17 @@ def recipe(shape: str, precision: str) -> Any:
     )
 
 
-def profile(attention: str, zero_stage: int = 0, peak_tflops: float | None = None) -> Any:
-    """One process on two threads."""
+def profile(attention: str, zero_stage: int, threads: int, peak_tflops: float | None = None) -> Any:
+    """One process on a CPU."""
     from haplovl.settings import ComputeProfile
 
     return ComputeProfile(
-        name="benchmark", threads=THREADS, micro_batch_rows=1, attention=attention, zero_stage=zero_stage,
+        name="benchmark", threads=threads, micro_batch_rows=1, attention=attention, zero_stage=zero_stage,
         peak_tflops=peak_tflops,
     )  # fmt: skip
 
 
-def train(shape: str, precision: str, attention: str, zero_stage: int) -> dict[str, float]:
+def train(shape: str, precision: str, attention: str, zero_stage: int, threads: int) -> dict[str, float]:
     """Trains in this process: seconds of a step after the first, GiB above the imports."""
     import deepspeed  # noqa: F401
     import peft  # noqa: F401
@@ -77,7 +77,7 @@ def train(shape: str, precision: str, attention: str, zero_stage: int) -> dict[s
     from haplovl.train.engine import global_counts, make_engine, start_distributed, take_step
     from haplovl.train.objectives import InstructionTuning
 
-    params, compute = recipe(shape, precision), profile(attention, zero_stage)
+    params, compute = recipe(shape, precision), profile(attention, zero_stage, threads)
     start_distributed(compute)
     config = Blueprint.of(params, find_teachers(params)).model.config
     torch.ones(512, 512) @ torch.ones(512, 512)  # the kernels' own start
@@ -92,9 +92,9 @@ def train(shape: str, precision: str, attention: str, zero_stage: int) -> dict[s
     engine = make_engine(objective, params.stage2, compute, 1)
     seconds = []
     for _ in range(STEPS):
-        began = time.perf_counter()
+        began = time.process_time()
         take_step(engine, [batch], global_counts(objective, [batch]))
-        seconds.append(time.perf_counter() - began)
+        seconds.append((time.process_time() - began) / threads)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     return {"gib": peak - before, "seconds": min(seconds[1:])}
 
@@ -105,36 +105,36 @@ def resident_gib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / GIB
 
 
-def matmul_tflops(precision: str) -> float:
+def matmul_tflops(precision: str, threads: int) -> float:
     """Rate of a 2048³ matrix product, the peak that MFU refers to here."""
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     a = torch.randn(2048, 2048, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     rates = []
     for _ in range(8):
-        began = time.perf_counter()
+        began = time.process_time()
         a @ a
-        rates.append(2 * 2048**3 / (time.perf_counter() - began) / 1e12)
+        rates.append(2 * 2048**3 / (time.process_time() - began) * threads / 1e12)
     return statistics.median(rates)
 
 
-def in_a_process(*arguments: str) -> dict[str, float]:
+def in_a_process(*arguments: object) -> dict[str, float]:
     """Runs this script for one training and reads its last line."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
-    command = [sys.executable, __file__, "--train", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments[-1])}
+    command = [sys.executable, __file__, "--train", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def compare(precision: str, attention: str, zero_stage: int) -> dict[str, Any]:
+def compare(precision: str, attention: str, zero_stage: int, threads: int) -> dict[str, Any]:
     """Predicted beside measured for the large shape."""
     from haplovl.train.plan import plan_stage
 
-    peak = matmul_tflops(precision)
-    small = in_a_process("small", precision, attention, str(zero_stage))
-    large = in_a_process("large", precision, attention, str(zero_stage))
-    compute = profile(attention, zero_stage, peak)
+    peak = matmul_tflops(precision, threads)
+    small = in_a_process("small", precision, attention, zero_stage, threads)
+    large = in_a_process("large", precision, attention, zero_stage, threads)
+    compute = profile(attention, zero_stage, threads, peak)
     flops = plan_stage("stage2", recipe("small", precision), compute).flops
     mfu = flops.model / small["seconds"] / (peak * 1e12)
     plan = plan_stage("stage2", recipe("large", precision), compute, mfu)
@@ -143,6 +143,7 @@ def compare(precision: str, attention: str, zero_stage: int) -> dict[str, Any]:
         "precision": precision,
         "attention": attention,
         "zero_stage": zero_stage,
+        "threads": threads,
         "parameters": sum(plan.weights.values()),
         "predicted_gib": memory.total / GIB,
         "measured_gib": large["gib"],
@@ -161,11 +162,12 @@ def main() -> None:
     parser.add_argument("--zero", type=int, nargs="*", default=[0], help="ZeRO stages to run (one process)")
     parser.add_argument("--attention", nargs="*", default=["sdpa", "eager"])
     parser.add_argument("--precision", nargs="*", default=["fp32", "bf16"])
-    parser.add_argument("--train", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--train", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.train:
-        shape, precision, attention, stage = arguments.train
-        print(json.dumps(train(shape, precision, attention, int(stage))))
+        shape, precision, attention, stage, threads = arguments.train
+        print(json.dumps(train(shape, precision, attention, int(stage), int(threads))))
         return
     os.chdir(ROOT)
     cases = [(p, a, z) for p in arguments.precision for a in arguments.attention for z in arguments.zero]
@@ -174,7 +176,7 @@ def main() -> None:
         f"{'run':24} {'predicted':>10} {'measured':>10} {'ratio':>6}   {'predicted':>10} {'measured':>10} {'ratio':>6}"
     )
     for case in cases:
-        row = compare(*case)
+        row = compare(*case, arguments.threads)
         rows.append(row)
         name = f"{row['precision']} {row['attention']} ZeRO {row['zero_stage']}"
         print(
