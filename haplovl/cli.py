@@ -83,6 +83,29 @@ def train(
 
 
 @app.command()
+def plan(
+    stage: Annotated[str, typer.Argument(help="stage1, stage2 or both.")] = "both",
+    compute: Annotated[
+        str | None, typer.Option(help="Profile from infra/compute/; default: $HAPLOVL_COMPUTE or laptop.")
+    ] = None,
+    mfu: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1, help="Model FLOPs utilisation to expect; default: the last run's, else assumed."),
+    ] = None,
+    params: Annotated[
+        Path, typer.Option(help="The recipe; a preset of params/ may be planned before it is used.")
+    ] = Path("params.yaml"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")] = False,
+) -> None:
+    """Tell what training will need and cost: memory for every ZeRO stage, time and price. Needs no data or weights."""
+    _only_errors_of_transformers()
+    from haplovl.settings import load_compute, load_params
+    from haplovl.train.plan_table import print_plan
+
+    print_plan(stage, load_params(params), load_compute(compute), mfu, as_json)
+
+
+@app.command()
 def evaluate() -> None:
     """Answer the held-out questions and write metrics and the report."""
     from haplovl.evaluate.runner import evaluate

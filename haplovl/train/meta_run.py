@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from haplovl.data.loader import Batch
 
 _aten = torch.ops.aten
+SMALL = 32 * 2**20
+"""Blocks from this size on go back to the system when they are freed (glibc's largest M_MMAP_THRESHOLD)."""
 # Their indices are read by value: a boolean mask has no size of its own on the meta device.
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
 
@@ -31,12 +33,14 @@ class Footprint:
 
     `activations` are all tensors but logits (those with the vocabulary as their last dimension) and gradients of
     weights; `with_gradients` is the fullest moment when the gradients of all weights are kept as they come, as in the
-    first micro-batch of a step.
+    first micro-batch of a step. `small` is the most that blocks under 32 MiB take: on a CPU, glibc keeps those when
+    they are freed.
     """
 
     activations: int
     logits: int
     with_gradients: int
+    small: int
 
 
 class _Ledger(TorchDispatchMode):
@@ -47,7 +51,8 @@ class _Ledger(TorchDispatchMode):
         self.known, self.vocabulary = known, vocabulary
         self.living: dict[int, tuple[int, bool]] = {}
         self.activations = self.logits = self.gradients = 0
-        self.peak = self.peak_with_gradients = 0
+        self.small = 0
+        self.peak = self.peak_with_gradients = self.peak_small = 0
         self.at_peak = (0, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -84,6 +89,9 @@ class _Ledger(TorchDispatchMode):
             self.logits += size
         else:
             self.activations += size
+        if abs(size) < SMALL:
+            self.small += size
+            self.peak_small = max(self.peak_small, self.small)
         total = self.activations + self.logits
         self.peak_with_gradients = max(self.peak_with_gradients, total + self.gradients)
         if total > self.peak:
@@ -149,7 +157,7 @@ def run_on_meta(objective: nn.Module, batch: Batch, vocabulary: int, teachers: t
     ledger = _Ledger({t.untyped_storage()._cdata for t in weights}, vocabulary)
     with _gradients_to(ledger, objective), _FusedKernels(), ledger:
         sum(objective(batch).values()).backward()
-    return Footprint(*ledger.at_peak, ledger.peak_with_gradients)
+    return Footprint(*ledger.at_peak, ledger.peak_with_gradients, ledger.peak_small)
 
 
 @contextmanager

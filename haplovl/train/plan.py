@@ -4,7 +4,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ from haplovl.train.objectives import Distillation, InstructionTuning
 
 ASSUMED_UTILISATION = 0.4
 """Share of the device's peak at which its operations are assumed to run, where no run has measured it."""
-RESERVE = 0.05
-"""Share of a device's memory that is left alone: the driver's context, communication buffers and fragmentation."""
+RESERVE = 0.08
+"""Assumed share of a device's memory for the driver's context, communication buffers and fragmentation."""
 GIB = 2**30
 
 
@@ -87,7 +87,6 @@ def plan_stage(name: str, params: Params, compute: ComputeProfile, mfu: float | 
     rows = typical_rows(model.config, params, settings, micro_rows)
     counter = StepFlops.stage1(model, blueprint.vision.config) if name == "stage1" else StepFlops.stage2(model)
     work = Work.of(rows, model.config).times(micro_batches * compute.processes)
-    weights = _weights(model)
     began = time.perf_counter()
     holdings, footprint = dry_run(blueprint, settings, compute, rows)
     checked = time.perf_counter() - began
@@ -101,7 +100,7 @@ def plan_stage(name: str, params: Params, compute: ComputeProfile, mfu: float | 
         price = seconds * settings.steps / 3600 * compute.price_per_hour * compute.processes
     return StagePlan(
         stage=name,
-        weights=weights,
+        weights=_weights(model) | ({"heads": holdings.heads} if holdings.heads else {}),
         trained=holdings.trained,
         micro_batches=micro_batches,
         steps=settings.steps,
@@ -139,12 +138,14 @@ def dry_run(
     else:
         objective = InstructionTuning(model)
     parameters = {id(p): p for p in objective.parameters()}
+    own = {id(p) for p in model.parameters()}
     words, held = model.get_input_embeddings().weight, 0
     if isinstance(settings, Stage1Settings):
         held = _bytes(blueprint.vision) + 4 * words.numel()
     holdings = Holdings(
         trained=sum(p.numel() for p in parameters.values() if p.requires_grad),
         frozen=sum(p.numel() for p in parameters.values() if not p.requires_grad),
+        heads=sum(p.numel() for key, p in parameters.items() if key not in own),
         teacher=held,
         idle=4 * sum(p.numel() for p in model.parameters() if id(p) not in parameters and p is not words),
     )
@@ -214,9 +215,8 @@ def _utilisation(stage: str, given: float | None, flops: Flops) -> tuple[float, 
     return ASSUMED_UTILISATION * share, source if share == 1 else f"{source}, teachers and recomputation included"
 
 
-def make_plan(stages: list[str], params: Params, compute: ComputeProfile, mfu: float | None = None) -> dict[str, Any]:
-    """The plan of several stages as JSON-able data; see `StagePlan` for the fields."""
-    plans = [plan_stage(name, params, compute, mfu) for name in stages]
+def as_data(plans: list[StagePlan], params: Params, compute: ComputeProfile) -> dict[str, Any]:
+    """Plans as JSON-able data, with the profile and the assumptions behind them; see `StagePlan` for the fields."""
     return {
         "compute": compute.model_dump(),
         "teachers": find_teachers(params).sources,
@@ -226,8 +226,8 @@ def make_plan(stages: list[str], params: Params, compute: ComputeProfile, mfu: f
             "memory_reserve_share": RESERVE,
         },
         "stages": [_as_data(plan) for plan in plans],
-        "hours": _total(plan.hours for plan in plans),
-        "price": _total(plan.price for plan in plans),
+        "hours": total(plan.hours for plan in plans),
+        "price": total(plan.price for plan in plans),
     }
 
 
@@ -240,6 +240,7 @@ def _as_data(plan: StagePlan) -> dict[str, Any]:
     return data
 
 
-def _total(values: Any) -> float | None:
+def total(values: Iterable[float | None]) -> float | None:
+    """The sum, unless one of them is not known."""
     values = list(values)
     return None if None in values else sum(values)
