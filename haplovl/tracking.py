@@ -50,14 +50,10 @@ class TrainingRun:
         mode = wandb_mode()
         if mode == "disabled" or not find_spec("wandb"):
             return
-        for attempt in (mode, "offline") if mode == "online" else (mode,):
-            if self._run is None:
-                self._run = self._safely(
-                    f"start ({attempt})",
-                    lambda mode=attempt: start_wandb(
-                        project, mode, FINISH_TIMEOUT, id=key, name=key, job_type="train", config=config, resume="allow"
-                    ),
-                )
+        options = {"id": key, "name": key, "job_type": "train", "config": config, "resume": "allow"}
+        self._run = self._safely(f"start ({mode})", lambda: start_wandb(project, mode, FINISH_TIMEOUT, **options))
+        if self._run is None and mode == "online":
+            self._run = self._safely("start (offline)", lambda: _start_again(project, options))
 
     def log(self, row: dict[str, Any]) -> None:
         """Adds one row; its `step` is the position on every curve."""
@@ -77,3 +73,11 @@ class TrainingRun:
         except Exception as error:  # W&B raises many kinds
             print(f"W&B could not {what}; training goes on: {' '.join(str(error).split())}", flush=True)
             return None
+
+
+def _start_again(project: str, options: dict[str, Any]) -> Any:
+    """Starts offline after a failed start online, which still holds the run's id."""
+    import wandb
+
+    wandb.teardown()
+    return start_wandb(project, "offline", FINISH_TIMEOUT, **options)

@@ -201,10 +201,14 @@ with monitor("stage2", 4, folder, "0123456789abcdef" * 4, torch.device("cpu"), c
 """
 
 
-def run_in(folder, first, last, **environment):
+def run_in(folder, first, last, before="", **environment):
     environment = {**{k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}, **environment}
     return subprocess.run(
-        [sys.executable, "-c", RUN, str(first), str(last)], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", before + RUN, str(first), str(last)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -221,6 +225,17 @@ def test_wandb_offline_goes_on_under_the_same_id_and_writes_nothing_into_the_hom
     assert b"supervised_tokens_per_s" in logged and b"grad_norm" in logged and b"1.875" in logged
     assert len(read(tmp_path / "state/log.jsonl")) == 4
     assert not list(home.rglob("*"))
+
+
+def test_online_without_a_server_soon_becomes_offline(tmp_path):
+    pytest.importorskip("wandb")
+    nobody = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
+    done = run_in(tmp_path, 1, 4, "import haplovl.tracking as t; t.START_TIMEOUT = 2.0", **nobody)
+    assert done.returncode == 0 and done.stdout.count("W&B could not start (online); training goes on") == 1, done
+    assert "offline" not in done.stdout
+    (run,) = (tmp_path / "runs/wandb").glob("offline-run-*")
+    assert b"supervised_tokens_per_s" in next(run.glob("*.wandb")).read_bytes()
+    assert len(read(tmp_path / "state/log.jsonl")) == 4
 
 
 def test_a_wandb_failure_is_told_and_training_goes_on(tmp_path, monkeypatch, capsys):
