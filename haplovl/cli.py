@@ -63,11 +63,20 @@ def train(
     resume_from: Annotated[
         Path | None, typer.Option(help="A checkpoint of this run to go on from, instead of its newest one.")
     ] = None,
+    overfit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Self-test: can the stage learn this many records by heart? Writes nothing."),
+    ] = None,
 ) -> None:
     """Train one stage; a killed run continues from its last checkpoint."""
     # The teachers are whole by now: transformers' notes on loading (a CLIP's unused text tower) tell nothing new.
     _only_errors_of_transformers()
     from haplovl.settings import load_compute, load_params
+
+    if overfit is not None:
+        from haplovl.train.overfit import overfit as learn_by_heart
+
+        raise typer.Exit(0 if learn_by_heart(stage, load_params(), load_compute(compute), overfit) else 1)
     from haplovl.train.trainer import train_stage
 
     train_stage(stage, load_params(), load_compute(compute), resume_from)

@@ -1,24 +1,19 @@
 """Training through the command: same bytes again, also after a kill; splitting a step changes nothing."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
 import yaml
-from PIL import Image
 from safetensors.torch import load_file
 
-from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
-from haplovl.files import RAW, VALIDATED, sha256_of
-from haplovl.records import Record, Turn
+from haplovl.files import sha256_of
 
 STEPS = 12
 
@@ -30,34 +25,10 @@ def haplovl(*words, cwd, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, vision, language, processor, request):
+def project(make_project, vision, language, processor, tmp_path_factory):
     """A folder with tiny teachers and prepared records, ready for `haplovl train stage1`."""
-    root = request.config.rootpath
-    folder = tmp_path_factory.mktemp("project")
-    params = yaml.safe_load((root / "params.yaml").read_text())
-    for stage in ("stage1", "stage2"):
-        params[stage].update(steps=STEPS, precision="fp32", checkpoint_every=4, batch={"rows": 4, "row_tokens": 96})
-    params["prepare"]["max_tokens"] = 96
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    shutil.copytree(root / "infra", folder / "infra")
-    micro = "name: micro\ndevice: cpu\nprocesses: {}\nzero_stage: {}\nmicro_batch_rows: {}\n"
-    for name, values in {"one": (1, 0, 1), "two": (2, 1, 2)}.items():
-        (folder / f"infra/compute/{name}.yaml").write_text(micro.format(*values).replace("micro\n", f"{name}\n"))
-    os.makedirs(folder / RAW / "images")
-    os.makedirs(folder / VALIDATED)
-    rows = []
-    for n in range(80):
-        Image.new("RGB", (32, 32), (n * 3, 255 - n * 3, n)).save(folder / RAW / "images" / f"{n}.png")
-        turns = (Turn("<image>\nWhere is the 3?", "top left"), Turn("Is there a 7?", "yes" if n % 2 else "no"))
-        record = Record(f"r{n}", (f"{n}.png",), turns, split="train")
-        rows.append(ValidatedRecord(record, (ImageFile(f"{n}.png", "0", 32, 32),), "a.jsonl"))
-    write_validated(folder / VALIDATED, rows)
-    vision.save_pretrained(folder / "models/teachers/vision")
-    language.save_pretrained(folder / "models/teachers/language")
-    processor.save_pretrained(folder / "models/teachers/processor")
-    done = haplovl("prepare", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder
+    stage = {"steps": STEPS, "precision": "fp32", "checkpoint_every": 4, "batch": {"rows": 4, "row_tokens": 96}}
+    return make_project(tmp_path_factory.mktemp("project"), vision, language, processor, stage)
 
 
 def copy_of(project, tmp_path):
@@ -104,24 +75,6 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(project, trained, t
     assert "continuing after step" in done.stdout, done.stdout + done.stderr
     assert sha256_of(folder / "models/stage1/model.safetensors") == trained
     assert losses(folder) == losses(project)
-
-
-@pytest.mark.slow
-def test_many_kills_at_random_moments_change_nothing(project, trained, tmp_path):
-    folder, random, kills = copy_of(project, tmp_path), Random(0), 0
-    while kills < 8:
-        process = subprocess.Popen([sys.executable, "-m", "haplovl", "train", "stage1"], cwd=folder)
-        try:
-            # Start-up takes most of a short run: moments from the first step to the writing of the model.
-            process.wait(timeout=random.uniform(6, 12))
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert kills
-    assert haplovl("train", "stage1", cwd=folder).returncode == 0
-    assert sha256_of(folder / "models/stage1/model.safetensors") == trained
 
 
 def test_bf16_resumes_to_the_same_bytes(project, trained, tmp_path):
