@@ -1,9 +1,9 @@
 """How far `haplovl plan` is off: predicted and measured memory and time of a stage-2 training of over 300M weights.
 
 Each run is a process of its own: random weights, our engine and objective, three steps on a CPU. Memory is the largest
-resident set less that after the imports. Time is predicted from the MFU of another, smaller shape, measured just before;
-the peak is the rate of a large matrix product. Seconds are those of the processor per thread, so that other work on the
-machine does not count; with one thread (the default) nothing waits for a thread that others hold up.
+resident set less that after the imports. Time is predicted from the MFU of another, smaller shape, measured just
+before; the peak is the rate of a large matrix product. Seconds are those of the processor per thread, so that other
+work on the machine does not count; with one thread (the default) nothing waits for a thread that others hold up.
 
     python benchmarks/plan.py [--json FILE] [--threads N]
 """

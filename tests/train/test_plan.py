@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from haplovl.errors import UserError
-from haplovl.settings import ComputeProfile, HubTeacher, load_compute, load_params
+from haplovl.settings import ComputeProfile, HubTeacher, LoraSettings, load_compute, load_params
 from haplovl.train.blueprint import Blueprint, find_teachers, typical_rows
 from haplovl.train.memory import Holdings, device_memory
 from haplovl.train.meta_run import Footprint, run_on_meta
@@ -41,7 +41,7 @@ def test_full_size_fits_the_profile_that_is_meant_for_it(recipe, profile, billio
     assert totals == sorted(totals, reverse=True) and totals[0] > 2 * totals[3]
     # 6 operations per weight and token bound the whole from below, attention adds less than a third.
     tokens = params.stage2.batch.rows * params.stage2.batch.row_tokens
-    words = params.stage2.batch.rows and 2 * 4096 * (32003 if "7b" in recipe else 128259)
+    words = 2 * 4096 * (32003 if "7b" in recipe else 128259)  # looked up, and logits of few positions
     assert 1.0 < plan.flops.model / (6 * (plan.trained - words) * tokens) < 1.33
     seconds = plan.flops.model / (0.5 * 989e12 * compute.processes)
     assert plan.seconds_per_step == pytest.approx(seconds)
@@ -102,6 +102,16 @@ def test_checkpointing_trades_activations_for_recomputation():
     zero2 = [next(o.memory for o in plan.options if o.zero_stage == 2) for plan in (plain, again)]
     assert zero2[1].activations < 0.2 * zero2[0].activations
     assert again.flops.model == plain.flops.model == plain.flops.hardware < again.flops.hardware
+
+
+def test_adapters_need_less_of_everything_but_weights():
+    params = load_params("params/haplovl-7b.yaml")
+    lora = params.model_copy(update={"stage2": params.stage2.model_copy(update={"lora": LoraSettings()})})
+    whole, adapters = (plan_stage("stage2", p, load_compute("gpu")) for p in (params, lora))
+    assert adapters.trained < 0.06 * whole.trained
+    assert [o.fits for o in whole.options if o.offload == "none"] == [False] * 4
+    assert all(o.fits for o in adapters.options)
+    assert adapters.flops.model < 0.75 * whole.flops.model
 
 
 def test_errors_of_shape_show_before_money_is_spent():
