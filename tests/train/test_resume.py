@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from haplovl.files import sha256_of
 
 TRAIN = [sys.executable, "-m", "haplovl", "train", "stage1", "--compute"]
-DRILL = {"steps": 60, "precision": "fp32", "checkpoint_every": 2, "batch": {"rows": 4, "row_tokens": 96}}
+DRILL = {"steps": 80, "precision": "fp32", "checkpoint_every": 2, "batch": {"rows": 4, "row_tokens": 96}}
 SHORT = {"steps": 12, "precision": "fp32", "checkpoint_every": 4, "batch": {"rows": 4, "row_tokens": 96}}
 
 
@@ -100,12 +100,12 @@ def run_drill(drill, folder, profile, kills, kills_in_writing):
     straight, broken = (copy_of(drill, folder / name) for name in ("straight", "broken"))
     done = train(straight, profile)
     assert done.returncode == 0, done.stdout + done.stderr
-    random, caught = Random(0), 0
-    for number in range(kills):
-        caught += kill_once(broken, profile, random, while_writing=number % (kills // kills_in_writing) == 1)
+    random, number, caught = Random(0), 0, 0
+    while number < kills or caught < kills_in_writing:  # a kill may come a moment after the writing
+        caught += kill_once(broken, profile, random, while_writing=number % 2 == 1 and caught < kills_in_writing)
+        number += 1
     done = train(broken, profile)
     assert done.returncode == 0 and "continuing after step" in done.stdout, done.stdout + done.stderr
-    assert caught >= kills_in_writing
     assert weights_of(broken) == weights_of(straight)
     logs = [(path / "models/stage1/training_log.jsonl").read_bytes() for path in (straight, broken)]
     assert logs[0] == logs[1]
