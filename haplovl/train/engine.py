@@ -65,6 +65,8 @@ def make_engine(
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": half},
         "data_types": {"grad_accum_dtype": "fp32"},
+        # Else gradients that were added up in float32 would be rounded to bf16 before the step, even on one process.
+        "communication_data_type": "fp32",
         "steps_per_print": 10**9,
     }
     optimizer = optimizer or make_optimizer(objective, settings.optimizer)

@@ -77,8 +77,8 @@ def device_memory(
     elif stage < 2 and half and compute.offload == "none":
         # DeepSpeed's BF16_Optimizer (ZeRO 1), which also serves ZeRO 0.
         state = {"weights": 2 * every, "gradients": 6 * trained, "optimizer": 12 * trained // n}
-        # Gradients travel as bf16 copies; what fits a bucket is also put together in one before.
-        buffers = 2 * trained + (4 * trained if trained <= BUCKET else 0)
+        # What fits a bucket is put together in one before it travels.
+        buffers = 4 * trained if trained <= BUCKET else 0
     else:
         state = {
             "weights": size * every // (n if stage == 3 else 1),
@@ -86,7 +86,7 @@ def device_memory(
             "optimizer": 12 * trained // n,
         }
         bucket = BUCKET if compute.device == "cuda" else bucket  # a CPU's memory counts where it is written
-        buffers = size * bucket
+        buffers = (6 if half else 4) * bucket  # gradients travel in float32, copied out of a bucket in bf16
         if stage == 2 and compute.offload == "none":
             state["gradients"] += size * trained // n  # as reduced, before they are added up in float32
         if stage == 3:
