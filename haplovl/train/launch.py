@@ -1,6 +1,7 @@
 """Starts one training process per rank on this machine and passes signals and exit codes on."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -59,11 +60,14 @@ def adopt_slurm() -> None:
         return
     own["RANK"], own["LOCAL_RANK"] = own["SLURM_PROCID"], own["SLURM_LOCALID"]
     own["WORLD_SIZE"] = own["SLURM_STEP_NUM_TASKS"]
-    nodes = own["SLURM_STEP_NODELIST"]
-    if "[" in nodes or "," in nodes:
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        nodes = shown.stdout.split()[0]
-    own.setdefault("MASTER_ADDR", nodes)
+    if "MASTER_ADDR" not in own:
+        first = _scontrol("hostnames", own["SLURM_STEP_NODELIST"]).split()[0]
+        # The address by which Slurm itself reaches the node, as its name need not be known to the others.
+        own["MASTER_ADDR"] = re.search(r"NodeAddr=(\S+)", _scontrol("node", first))[1]
     # Equal on all nodes, and another one for every job and step.
     job = 100 * int(own["SLURM_JOB_ID"]) + int(own["SLURM_STEP_ID"])
     own.setdefault("MASTER_PORT", str(20000 + job % 20000))
+
+
+def _scontrol(*words: str) -> str:
+    return subprocess.run(["scontrol", "show", *words], capture_output=True, text=True, check=True).stdout
