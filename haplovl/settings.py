@@ -322,8 +322,8 @@ class ComputeProfile(Strict):
     """Recompute every layer in the backward pass: a quarter more work for a fraction of the memory."""
     micro_batch_rows: PositiveInt
     """Rows per forward pass on one process; the rest of a step's rows is gradient accumulation."""
-    attention: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
-    """Attention backend of training: flex_attention on GPUs; on CPUs, eager is the faster one in bfloat16."""
+    attention: Literal["sdpa", "eager", "documents", "flex_attention"] = "sdpa"
+    """Attention backend of training: flex_attention on GPUs; on CPUs, documents for rows of long documents."""
     loader_workers: PositiveInt = 2
     """Threads per process that decode pictures and pack rows beside the training step."""
     accelerator: str | None = None

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 
+from haplovl.model.documents import Document
+
 FLASH_BACKENDS = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
-BACKENDS = ("eager", "matmul", "sdpa", "flex_attention", *FLASH_BACKENDS)
+BACKENDS = ("eager", "matmul", "documents", "sdpa", "flex_attention", *FLASH_BACKENDS)
 
 
 def number_blocks(is_media: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -140,6 +143,8 @@ class MixedMask:
                 "flex_attention has no backward on a CPU; train with attn_implementation='sdpa', or run under "
                 "torch.inference_mode()"
             )
+        if backend == "documents" and self.document_ids is not None:
+            self._check_side_by_side(backend)
         if backend not in FLASH_BACKENDS:
             return
         if self.blocks is not None and self.length > 1:
@@ -153,6 +158,9 @@ class MixedMask:
             return
         if self.attention_mask is not None:
             raise ValueError(f"'{backend}' takes packed documents or padding, not both; give padding document_ids too")
+        self._check_side_by_side(backend)
+
+    def _check_side_by_side(self, backend: str) -> None:
         found = self.document_ids.sort(dim=1).values
         if int(_document_starts(self.document_ids).sum()) != int(_document_starts(found).sum()):
             raise ValueError(f"'{backend}' needs the tokens of a packed document side by side")
@@ -164,7 +172,9 @@ class MixedMask:
             ValueError: see `check`.
         """
         self.check(backend)
-        if backend == "eager" or (backend == "matmul" and not (self.plain and self.length == 1)):
+        if backend == "documents" and self.document_ids is not None:
+            return None, {"documents": self._documents(dtype)}
+        if backend == "eager" or (backend in ("matmul", "documents") and not (self.plain and self.length == 1)):
             return self.additive(dtype), {}
         if backend == "flex_attention":
             return self.block_sparse(), {}
@@ -174,6 +184,19 @@ class MixedMask:
             return None, {}
         # An empty row of a boolean mask, as padding has, is undefined for sdpa.
         return self.dense() if self.attention_mask is None else self.additive(dtype), {}
+
+    def _documents(self, dtype: torch.dtype) -> list[Document]:
+        """Every packed document with its own additive mask; padding that `document_ids` numbers is one too."""
+        found = []
+        for row, starts in enumerate(_document_starts(self.document_ids)):
+            edges = [*starts.nonzero()[:, 0].tolist(), self.length]
+            for start, stop in pairwise(edges):
+                part = (slice(row, row + 1), slice(start, stop))
+                blocks = None if self.blocks is None else self.blocks[part]
+                padding = None if self.attention_mask is None else self.attention_mask[part]
+                own = MixedMask(1, stop - start, self.device, blocks, padding)
+                found.append(Document(row, start, stop, own.additive(dtype)[0, 0]))
+        return found
 
     def _flash_lengths(self) -> dict[str, Any]:
         """Where documents start and end, for flash-attn's causal kernels."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from haplovl.data.loader import IGNORE, Batch
 from haplovl.model import HaploForConditionalGeneration
 from haplovl.model.embedding import merge_tiles
+from haplovl.train.losses import summed_cross_entropy
 
 
 class Objective(Protocol):
@@ -46,7 +47,7 @@ class InstructionTuning(nn.Module):
         targets = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)
         chosen = targets != IGNORE
         logits = self.model.lm_head(out.last_hidden_state[chosen])
-        return {"loss": functional.cross_entropy(logits.float(), targets[chosen], reduction="sum")}
+        return {"loss": summed_cross_entropy(logits, targets[chosen])}
 
 
 class Distillation(nn.Module):
@@ -111,7 +112,7 @@ class Distillation(nn.Module):
         return {
             "loss_vision": self._vision_loss(hidden, batch, teacher),
             "loss_feature": (distance - similarity).sum(),
-            "loss_current_token": functional.cross_entropy(logits, tokens, reduction="sum"),
+            "loss_current_token": summed_cross_entropy(logits, tokens),
         }
 
     def _vision_loss(self, hidden: torch.Tensor, batch: Batch, teacher: PreTrainedModel) -> torch.Tensor:

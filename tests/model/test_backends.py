@@ -142,6 +142,14 @@ def test_sdpa_gives_what_eager_gives(model, run, post_mask):
     equal(model, run, "sdpa", "eager")
 
 
+@pytest.mark.parametrize("post_mask", ["mixed", "causal"])
+@pytest.mark.parametrize("run", EVERYTHING)
+def test_documents_one_by_one_give_what_eager_gives(model, run, post_mask):
+    model.config.post_mask = post_mask
+    equal(model, run, "documents")
+    equal(model, run, "eager", "documents")
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("run", EVERYTHING)
 def test_flex_attention_gives_what_eager_gives(model, run):
@@ -220,7 +228,18 @@ def test_packed_documents_and_a_cache_are_refused(model, untouched):
 # --- gradients ------------------------------------------------------------------------------------------------------
 
 
-def loss_and_gradients(model, backend, freeze=False, **checkpointing):
+def packed_inputs(model):
+    """Three documents and padding in one row, two in the other; the second document holds all media."""
+    inputs = media(model)
+    own = inputs["input_ids"].shape[1]
+    ids = torch.cat([text(1, 4), inputs["input_ids"], text(1, 5)], dim=1)
+    inputs["input_ids"] = torch.cat([ids, text(1, own + 9)])
+    documents = torch.tensor([[0] * 4 + [1] * own + [2] * 3 + [-1] * 2, [0] * 7 + [1] * (own + 2)])
+    labels = torch.where((inputs["input_ids"] < 60) & (documents >= 0), inputs["input_ids"], -100)
+    return {**inputs, "document_ids": documents, "labels": labels}
+
+
+def loss_and_gradients(model, backend, freeze=False, pack=False, **checkpointing):
     model = copy.deepcopy(model).train()
     set_backends(model, backend)
     if checkpointing:
@@ -230,11 +249,14 @@ def loss_and_gradients(model, backend, freeze=False, **checkpointing):
         for part in (core.image_embedding, core.text_projection, core.language_model.embed_tokens):
             part.requires_grad_(False)
         core.pre_decoder.pre_layernorm.requires_grad_(False)
-    inputs = media(model)
-    length = inputs["input_ids"].shape[1]
-    both = left_padded(text(2, length + 3), [length, 5])
-    both["input_ids"][:1, 3:] = inputs.pop("input_ids")
-    loss = model(**inputs, **both, labels=both["input_ids"]).loss  # the first word is predicted by padding
+    if pack:
+        loss = model(**packed_inputs(model)).loss
+    else:
+        inputs = media(model)
+        length = inputs["input_ids"].shape[1]
+        both = left_padded(text(2, length + 3), [length, 5])
+        both["input_ids"][:1, 3:] = inputs.pop("input_ids")
+        loss = model(**inputs, **both, labels=both["input_ids"]).loss  # the first word is predicted by padding
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -249,6 +271,26 @@ def close_gradients(found, expected):
 @pytest.mark.parametrize("freeze", [False, True])
 def test_sdpa_has_the_gradients_of_eager_with_padding(model, freeze):
     close_gradients(loss_and_gradients(model, "sdpa", freeze), loss_and_gradients(model, "eager", freeze))
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_documents_one_by_one_have_the_gradients_of_eager(model, key_heads, freeze):
+    from haplovl.model import HaploForConditionalGeneration
+
+    config = copy.deepcopy(model.config)
+    config.text_config.num_key_value_heads = key_heads
+    torch.manual_seed(0)
+    model = HaploForConditionalGeneration(config)
+    found, expected = (loss_and_gradients(model, name, freeze, pack=True) for name in ("documents", "eager"))
+    close_gradients(found, expected)
+    checkpointed = loss_and_gradients(model, "documents", freeze, pack=True, use_reentrant=False)
+    assert all(torch.equal(checkpointed[name], value) for name, value in found.items())
+
+
+def test_documents_that_are_torn_apart_are_refused(model, untouched):
+    documents = torch.tensor([[0] * 5 + [1] * 3 + [0]])
+    refuses(model, "side by side", "documents", input_ids=text(1), document_ids=documents)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
