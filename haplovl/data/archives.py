@@ -9,6 +9,7 @@ import os
 import tarfile
 import zipfile
 import zlib
+from array import array
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -33,13 +34,13 @@ def write_index(archive: Path, folder: Path) -> str:
 
     What lies before the damage can be read.
     """
-    rows, damage = [], ""
+    rows, damage = array("Q"), ""
     try:
         for name, *row in _zip_members(archive) if archive.suffix == ".zip" else _tar_members(archive):
-            rows.append((_hash(name), *row))
+            rows.extend((_hash(name), *row))
     except ArchiveError as error:
         damage = str(error)
-    index = np.array(rows, dtype=np.uint64).reshape(-1, 6).T
+    index = np.frombuffer(rows, dtype=np.uint64).reshape(-1, 6).T
     folder.mkdir(parents=True, exist_ok=True)
     # A stable sort: where a name comes twice, both stay neighbours.
     np.save(folder / f"{archive.name}.npy", np.ascontiguousarray(index[:, np.argsort(index[0], kind="stable")]))
@@ -53,7 +54,8 @@ def read_index(folder: Path, archive: str) -> np.ndarray:
         ImageError: it is missing or damaged.
     """
     try:
-        return np.load(folder / f"{archive}.npy", mmap_mode="r")
+        # As a plain array: slices of a memmap object cost more than the search.
+        return np.asarray(np.load(folder / f"{archive}.npy", mmap_mode="r"))
     except (OSError, ValueError) as error:
         raise ImageError(f"the archive {archive} has no readable index: {error}") from None
 
@@ -104,7 +106,7 @@ def read_member(archive: Path, index: np.ndarray, name: str) -> bytes:
 
 
 def _hash(name: str) -> int:
-    plain = str(PurePosixPath(name))  # without ./ and //
+    plain = str(PurePosixPath(name)) if name[:1] == "." or "//" in name or "/." in name else name  # no ./ and no //
     return int.from_bytes(hashlib.blake2b(plain.encode(errors="surrogatepass"), digest_size=8).digest())
 
 
@@ -159,8 +161,13 @@ def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
     length = path.stat().st_size
     try:
         with tarfile.open(path, "r:", errors="surrogateescape") as archive:
+            end = -1
             while (member := archive.next()) is not None:
                 archive.members.clear()
+                # A negative size would lead tarfile back to where it was, for ever (CVE-2025-8194).
+                if member.size < 0 or archive.offset <= end:
+                    raise ArchiveError(f"the member '{member.name:.100}' claims an impossible size")
+                end = archive.offset
                 if member.isdir():
                     continue
                 if member.isreg() and member.offset_data + member.size > length:

@@ -35,6 +35,8 @@ class Bringing:
     """Path below the source's folder, bytes and sha256 of the files that were brought."""
     skipped: int = 0
     indexes: dict[str, np.ndarray] = field(default_factory=dict)
+    places: "ImagePlaces | None" = None
+    """Where the images of annotation files come from."""
 
     @property
     def media(self) -> Path:

@@ -36,12 +36,13 @@ def check(settings: InterleavedSource) -> None:
 def bring(settings: InterleavedSource, seed: int, bringing: Bringing) -> None:
     """Copies the annotation files and brings the archives."""
     bring_annotations(settings.annotations, bringing)
-    ImagePlaces(settings.images).bring(bringing)
+    bringing.places = ImagePlaces(settings.images)
+    bringing.places.bring(bringing)
 
 
 def bring_image(settings: InterleavedSource, ref: str, bringing: Bringing) -> None:
     """Brings the image that `ref` names; raises ImageError where that is not possible."""
-    ImagePlaces(settings.images).bring_image(ref, bringing)
+    bringing.places.bring_image(ref, bringing)
 
 
 def entries(folder: Path, settings: InterleavedSource) -> Iterator[RawItem]:

@@ -30,12 +30,13 @@ def check(settings: LlavaSource) -> None:
 def bring(settings: LlavaSource, seed: int, bringing: Bringing) -> None:
     """Copies the annotation files and brings the archives."""
     bring_annotations(settings.annotations, bringing)
-    ImagePlaces(settings.images).bring(bringing)
+    bringing.places = ImagePlaces(settings.images)
+    bringing.places.bring(bringing)
 
 
 def bring_image(settings: LlavaSource, ref: str, bringing: Bringing) -> None:
     """Brings the image that `ref` names; raises ImageError where that is not possible."""
-    ImagePlaces(settings.images).bring_image(ref, bringing)
+    bringing.places.bring_image(ref, bringing)
 
 
 def entries(folder: Path, settings: LlavaSource) -> Iterator[RawItem]:

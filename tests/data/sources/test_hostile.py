@@ -188,6 +188,22 @@ def test_links_and_devices_in_tars(tmp_path, collected, picture) -> None:
     assert shown == ["the member is a link, encrypted or packed in an unknown way"] * 3 + [picture(1)]
 
 
+def test_a_tar_that_leads_back_to_itself_ends(tmp_path) -> None:
+    """A negative size in the second header points to the first one."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("a.jpg", "b.jpg"):
+            archive.addfile(tarfile.TarInfo(name))
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    header = data[512:1024]
+    header[124:136] = (-1024).to_bytes(12, signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    data[512:1024] = header
+    (tmp_path / "a.tar").write_bytes(data)
+    assert "impossible size" in write_index(tmp_path / "a.tar", tmp_path / "index")
+    assert read_member(tmp_path / "a.tar", read_index(tmp_path / "index", "a.tar"), "a.jpg") == b""
+
+
 def test_references_in_annotations_are_names_and_nothing_else(tmp_path, collected, picture) -> None:
     """An image called like one of our references stays a path in the image folder."""
     (tmp_path / "images").mkdir()
