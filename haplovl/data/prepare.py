@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from haplovl.data.conversation import TEMPLATES, encode
+from haplovl.data.media import Media
 from haplovl.data.validated import ValidatedRecord, read_validated
 from haplovl.errors import UserError
 from haplovl.files import PREPARED, RAW, TEACHERS, VALIDATED, read_json, require, sha256_of, whole_folder, write_json
@@ -20,6 +21,7 @@ SCHEMA = pa.schema(
     {
         "id": pa.string(),
         "kind": pa.string(),
+        "source": pa.string(),
         "input_ids": pa.list_(pa.int32()),
         "spans": pa.list_(pa.int32()),
         "images": pa.list_(pa.binary()),
@@ -66,6 +68,7 @@ def _rows(
     """Encodes the records of a split; those that cannot be trained on go to `refused` with the reason."""
     template = TEMPLATES[params.prepare.chat_template]
     limit = params.prepare.max_tokens
+    media = Media(RAW)
     for item in read_validated(VALIDATED, split=split):
         encoded = encode(item.record, template, processor.tokenizer)
         pictures = sum(processor.image_tokens(image.height, image.width) - 1 for image in item.images)
@@ -76,16 +79,19 @@ def _rows(
         elif not encoded.supervised:
             refused.append({"id": item.record.id, "reason": "no supervised token"})
         else:
-            yield _row(item, encoded.input_ids, encoded.spans, encoded.supervised)
+            yield _row(item, media, encoded.input_ids, encoded.spans, encoded.supervised)
 
 
-def _row(item: ValidatedRecord, ids: list[int], spans: list[tuple[int, int]], supervised: int) -> dict[str, Any]:
+def _row(
+    item: ValidatedRecord, media: Media, ids: list[int], spans: list[tuple[int, int]], supervised: int
+) -> dict[str, Any]:
     return {
         "id": item.record.id,
         "kind": item.record.kind,
+        "source": item.source,
         "input_ids": ids,
         "spans": [edge for span in spans for edge in span],
-        "images": [(RAW / "images" / image.path).read_bytes() for image in item.images],
+        "images": [media.read(item.source, image.path) for image in item.images],
         "sizes": [edge for image in item.images for edge in (image.width, image.height)],
         "tokens": len(ids),
         "supervised": supervised,
