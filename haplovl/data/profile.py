@@ -1,11 +1,14 @@
 """The profile of a validated data set, and how far two profiles are apart (drift)."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from haplovl.files import ACCEPTED, DATA_PROFILE, read_json, require, write_json
 
 LENGTHS = ("question_characters", "answer_characters", "turns", "images")
 SIZES = ("image_width", "image_height")
@@ -25,7 +28,7 @@ class Profile:
         self.bins: dict[str, Counter[int]] = {name: Counter() for name in (*LENGTHS, *SIZES)}
         self.words: Counter[str] = Counter()
         self.word_total = 0
-        self.records = 0
+        self.records = self.turns = 0
 
     def add(self, batch: pa.Table) -> None:
         """Takes in rows of the validated table."""
@@ -35,6 +38,7 @@ class Profile:
         turns, images = batch["turns"], batch["images"]
         inner = pc.list_flatten(turns)
         answers = pc.struct_field(inner, "answer")
+        self.turns += len(inner)
         self._measure("turns", pc.list_value_length(turns))
         self._measure("images", pc.list_value_length(images))
         self._measure("question_characters", pc.utf8_length(pc.struct_field(inner, "question")))
@@ -104,3 +108,14 @@ def _word_shares(words: dict[str, Any]) -> dict[str, float]:
     """Counts of the listed words, and under the empty name of all others."""
     listed = words["most_frequent"]
     return {**listed, "": words["total"] - sum(listed.values())}
+
+
+def accept(profile: Path = DATA_PROFILE, accepted: Path = ACCEPTED) -> None:
+    """Keeps the profile that `validate` wrote last as the accepted one, which later data is compared with.
+
+    Raises:
+        UserError: nothing was validated yet.
+    """
+    found = read_json(require(profile, made_by="validate"))
+    write_json(accepted, found)
+    print(f"accepted {found['records']} records as they are: {accepted}, which belongs into git")
