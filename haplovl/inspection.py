@@ -38,7 +38,7 @@ def inspect(params: Params, id_: str, source: str | None = None, output: Path | 
     Raises:
         UserError: no record has this id, or several sources have one.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     found = [row for row in find_validated(id_, VALIDATED) if source in (None, row.source)]
     refused = [row for row in _refused(id_) if source in (None, row.get("source", source))]
     if len(found) > 1:

@@ -18,8 +18,8 @@ NAME = "records"
 FIXED_TIME = datetime(2000, 1, 1, tzinfo=UTC)
 """Stands for the run's time: data docs are a DVC out and hold no clock."""
 
-EXAMPLES = 50
-"""Bad records that the data docs list for one expectation and part."""
+LISTED = 1000
+"""Failures in one part up to which the data docs name every bad record; of more, they show examples of values."""
 
 PLACE = ("row", "source", "file", "position", "id")
 """Columns that tell the reader of the data docs which record is meant."""
@@ -152,9 +152,9 @@ class Judge:
         batch = self._records.data.get_batch(batch_parameters={"dataframe": table})
         validation = batch.validate(self._records.suite, result_format=wanted)
         failed = {outcome.expectation_config.meta["check"]: _rows(outcome) for outcome in validation.results}
-        # Once more for the docs, which keep some examples; the complete lists are let go.
-        wanted |= {"result_format": "SUMMARY", "unexpected_index_column_names": list(PLACE)}
-        wanted["partial_unexpected_count"] = EXAMPLES
+        # Once more for the docs, which keep what they are given: not a million lists.
+        few = sum(map(len, failed.values())) <= LISTED
+        wanted |= {"result_format": "COMPLETE" if few else "SUMMARY", "unexpected_index_column_names": list(PLACE)}
         self._run(self._records, table, wanted, f"rows {table['row'].iloc[0]} to {table['row'].iloc[-1]}")
         return {check.name: failed[check.name] for check in CHECKS}
 
