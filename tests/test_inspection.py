@@ -19,7 +19,6 @@ from haplovl.model import HaploImageProcessor, HaploProcessor
 from haplovl.records import Record, Turn
 from haplovl.settings import load_params
 
-
 GREEN = (2, 10)
 """Numbers of the two greens among a terminal's colours."""
 

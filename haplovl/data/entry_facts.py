@@ -16,8 +16,8 @@ from haplovl.records import IMAGE_PLACEHOLDER, ConversationError, RawItem, Recor
 
 DATA_LIMIT = 10_000
 """Characters of an entry that quarantine keeps."""
-TASK = 256
-"""Entries that one process takes at a time."""
+TASK, TASK_CHARACTERS = 256, 1 << 22
+"""Entries that one process takes at a time, at most; and characters of their texts, from which on it takes no more."""
 KEY = pa.binary(16)
 
 SCHEMA = pa.schema(
@@ -123,13 +123,24 @@ def read_rows(items: Iterable[RawItem], work: ReadEntries, processes: int | None
 
 def _tasks(items: Iterable[RawItem]) -> Iterator[list[RawItem]]:
     task: list[RawItem] = []
+    characters = 0
     for item in items:
         task.append(item)
-        if len(task) == TASK:
+        characters += _length(item.data)
+        if len(task) >= TASK or characters >= TASK_CHARACTERS:
             yield task
-            task = []
+            task, characters = [], 0
     if task:
         yield task
+
+
+def _length(data: Any) -> int:
+    """About how many characters an entry's conversation has."""
+    messages = data.get("conversations") if isinstance(data, dict) else None
+    if not isinstance(messages, list):
+        return 0
+    texts = [message.get("value") for message in messages if isinstance(message, dict)]
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _crashed(item: RawItem) -> pa.RecordBatch:

@@ -14,14 +14,24 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from haplovl.data.sources import llava, scenes_source
+from haplovl.data.sources import interleaved, llava, scenes_source, tables, text, video, webdataset
 from haplovl.data_settings import Source, SourceSettings
 from haplovl.errors import UserError
 from haplovl.files import RAW, read_json, require
 from haplovl.records import RawItem
 
 SOURCES_FILE = "sources.json"
-ADAPTERS = {"scenes": scenes_source, "llava": llava}
+ADAPTERS = {
+    "scenes": scenes_source,
+    "llava": llava,
+    "sharegpt": text,
+    "alpaca": text,
+    "interleaved": interleaved,
+    "webdataset": webdataset,
+    "parquet": tables,
+    "hub": tables,
+    "video": video,
+}
 """For every format the module that brings its files and reads its entries."""
 
 
