@@ -20,7 +20,7 @@ def picture_hash(picture: Image.Image) -> int | None:
     Scaling, re-encoding and small changes of brightness flip few of the 64 bits; unrelated photographs differ in about
     32. None for a picture without contrast: all of those look the same.
     """
-    gray = picture.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    gray = picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0).convert("L")
     values = np.asarray(gray, dtype=np.float64)
     if values.std() < FLAT:
         return None
