@@ -70,7 +70,10 @@ def read_sources(raw: Path = RAW) -> list[Collected]:
     adapter: TypeAdapter[SourceSettings] = TypeAdapter(Source)
     sources = []
     try:
-        for row in read_json(require(raw / SOURCES_FILE, made_by="collect")):
+        rows = read_json(require(raw / SOURCES_FILE, made_by="collect"))
+        if not isinstance(rows, list):
+            raise TypeError("it must hold a list")
+        for row in rows:
             about = {key: row[key] for key in ("name", "format", "license")}
             settings = adapter.validate_python({**about, **row["settings"]})
             counts = (row["records"], row["images"], row["skipped"])
