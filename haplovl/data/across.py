@@ -21,8 +21,8 @@ class Rows:
     """Columns over all entries, in order.
 
     `readable`: a record could be read. `source`: its number. `declared`: the index in SPLITS that the record names, or
-    NO_SPLIT. `place`: where the hash of its id falls in 0 … 2**64. `ids`: equal for equal ids of a source. The
-    pictures of entry i are `pictures[starts[i]:starts[i + 1]]`, numbers of pictures.
+    NO_SPLIT. `place`: where the hash of its id falls in 0 … 2**64. `ids`, `contents`: equal for equal ids and for
+    equal entries of a source. The pictures of entry i are `pictures[starts[i]:starts[i + 1]]`, numbers of pictures.
     """
 
     readable: np.ndarray
@@ -30,6 +30,7 @@ class Rows:
     declared: np.ndarray
     place: np.ndarray
     ids: np.ndarray
+    contents: np.ndarray
     starts: np.ndarray
     pictures: np.ndarray
 
@@ -47,7 +48,7 @@ class Rows:
 
 
 def earlier_same(ids: np.ndarray, readable: np.ndarray) -> np.ndarray:
-    """How many readable entries before each have the same id."""
+    """How many readable entries before each readable one have the same number in `ids`; 0 for the others."""
     earlier = np.zeros(len(ids), dtype=np.int64)
     rows = np.flatnonzero(readable)
     order = rows[np.argsort(ids[rows], kind="stable")]

@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
         "position": pa.int64(),
         "id": pa.string(),
         "id_key": KEY,
+        "content_key": KEY,
         "split": pa.string(),
         "split_place": pa.uint64(),
         "kind": pa.string(),
@@ -153,6 +154,7 @@ def _identity(record: Record, source: str) -> dict[str, Any]:
     return {
         "id": record.id,
         "id_key": short_key(source, record.id),
+        "content_key": short_key(source, json.dumps(record.to_json())),
         "split": record.split,
         "split_place": int.from_bytes(hashlib.sha256(record.id.encode()).digest()[:8], "big"),
         "kind": record.kind,

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from haplovl.data.across import NO_SPLIT, Rows, SharedPictures, Splits, assign_splits, earlier_same, shared_pictures
 from haplovl.data.contamination import Benchmarks
+from haplovl.data.entry_facts import short_key
 from haplovl.data.gather import Entries, Pictures
 from haplovl.data.similar import group_similar
 from haplovl.data.sources import Collected
@@ -38,6 +39,10 @@ class Findings:
     settings: ValidateSettings
     leaked: np.ndarray
     """Pictures that are in an evaluation set, or look like one there."""
+    repeats: np.ndarray
+    """For every entry how many earlier ones it repeats."""
+    numbers: np.ndarray
+    """What `repeated_ids: number` adds to the ids of entries; 0 for nothing."""
 
     @classmethod
     def of(
@@ -56,7 +61,8 @@ class Findings:
         broken = entries.rows.first_where(~pictures.fine[entries.rows.pictures]) >= 0
         usable = entries.rows.readable & ~broken
         splits = assign_splits(entries.rows, shared, usable, shares)
-        return cls(entries, pictures, shared, splits, settings, leaked)
+        repeats, numbers = _repeated(entries, settings.repeated_ids == "number")
+        return cls(entries, pictures, shared, splits, settings, leaked, repeats, numbers)
 
     @property
     def rows(self) -> Rows:
@@ -68,7 +74,6 @@ class Findings:
         import pandas as pd
 
         at = {name: self.rows.first_where(mask) for name, mask in self._masks().items()}
-        earlier = earlier_same(self.rows.ids, self.rows.readable)
         counts, tellers = np.diff(self.rows.starts), self._tellers()
         for start, facts in _parts(self.entries.batches(COLUMNS)):
             rows = slice(start, start + facts.num_rows)
@@ -77,7 +82,8 @@ class Findings:
             zero = {name: table[name].fillna(0).astype("int64") for name in COLUMNS[-3:]}
             table |= zero | {"row": pd.Series(range(rows.start, rows.stop)), "images": pd.Series(counts[rows])}
             table["surplus_placeholders"] = table["placeholders"] - table["images"]
-            table["earlier_same_id"] = pd.Series(earlier[rows])
+            table["earlier_same_id"] = pd.Series(self.repeats[rows])
+            table["repeated"] = "id and content" if self.settings.repeated_ids == "number" else "id"
             for name, tell in tellers.items():
                 table[name] = pd.Series([None if k < 0 else tell(k) for k in at[name][rows].tolist()], dtype=object)
             table["contamination"][self._asked_only(rows)] = "a question is, word for word, in an evaluation set"
@@ -149,6 +155,29 @@ class Findings:
         pictured = self.rows.first_where(self.leaked[self.rows.pictures]) >= 0
         asked = self.entries.asked
         return {"records_with_shared_picture": int(pictured.sum()), "records_with_shared_question": int(asked.sum())}
+
+
+def numbered(id_: str, number: int) -> str:
+    """The id of the next record but `number` that has this id."""
+    return f"{id_}~{number + 1}"
+
+
+def _repeated(entries: Entries, number: bool) -> tuple[np.ndarray, np.ndarray]:
+    """How many earlier entries each repeats, and what is added to ids that would else be taken."""
+    rows = entries.rows
+    if not number:
+        return earlier_same(rows.ids, rows.readable), np.zeros(len(rows.ids), dtype=np.int64)
+    repeats = earlier_same(rows.contents, rows.readable)
+    numbers = earlier_same(rows.ids, rows.readable & (repeats == 0))
+    taken = set(entries.id_keys.to_pylist()) if numbers.any() else set()
+    for start, batch in entries.batches(["source", "id"]) if taken else ():
+        for place in np.flatnonzero(numbers[start : start + batch.num_rows]):
+            row, name = start + place, batch["id"][int(place)].as_py()
+            # Also the id with the number may be another record's own.
+            while short_key(batch["source"][int(place)].as_py(), numbered(name, numbers[row])) in taken:
+                numbers[row] += 1
+            taken.add(short_key(batch["source"][int(place)].as_py(), numbered(name, numbers[row])))
+    return repeats, numbers
 
 
 def _distances(pictures: Pictures, sources: list[Collected], limits: list[int]) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from haplovl.data.across import NO_SPLIT, Rows
-from haplovl.data.entry_facts import ReadEntries, read_rows
+from haplovl.data.entry_facts import KEY, ReadEntries, read_rows
 from haplovl.data.picture_facts import SCHEMA, ReadPictures, read_pictures
 from haplovl.progress import reporter
 from haplovl.records import SPLITS, RawItem
@@ -21,12 +21,13 @@ from haplovl.records import SPLITS, RawItem
 class Entries:
     """All entries: their facts in the Arrow file `path`, and their short columns.
 
-    `asked` marks entries with a question that an evaluation set asks, too. `named` marks the elements of
-    `rows.pictures` that name their picture for the first time.
+    `id_keys` are the different ids as `short_key` makes them. `asked` marks entries with a question that an evaluation
+    set asks, too. `named` marks the elements of `rows.pictures` that name their picture for the first time.
     """
 
     path: Path
     rows: Rows
+    id_keys: pa.Array
     asked: np.ndarray
     named: np.ndarray
 
@@ -92,6 +93,7 @@ class _Columns:
             name: [] for name in ("readable", "source", "declared", "place", "images", "asked")
         }
         self.ids: list[pa.Array] = []
+        self.contents: list[pa.Array] = []
         self.refs: list[pa.Array] = []
 
     def add(self, batch: pa.RecordBatch) -> int:
@@ -107,6 +109,7 @@ class _Columns:
         parts["images"].append(_lengths(batch["refs"]))
         parts["asked"].append(self._asked(batch["question_keys"]))
         self.ids.append(batch["id_key"])
+        self.contents.append(batch["content_key"])
         self.refs.append(batch["ref_keys"].flatten())
         return self.count
 
@@ -123,22 +126,23 @@ class _Columns:
             return Entries(path, *_nothing())
         whole = {name: np.concatenate(parts) for name, parts in self.parts.items()}
         starts = np.r_[0, np.cumsum(whole["images"], dtype=np.int64)]
-        pictures = _codes(self.refs)
+        (ids, id_keys), (contents, _), (pictures, _) = map(_codes, (self.ids, self.contents, self.refs))
         named = np.zeros(len(pictures), dtype=bool)
         named[np.unique(pictures, return_index=True)[1]] = True
         short = (whole["readable"], whole["source"], whole["declared"], whole["place"])
-        return Entries(path, Rows(*short, _codes(self.ids), starts, pictures), whole["asked"], named)
+        return Entries(path, Rows(*short, ids, contents, starts, pictures), id_keys, whole["asked"], named)
 
 
-def _nothing() -> tuple[Rows, np.ndarray, np.ndarray]:
-    empty = np.empty(0, dtype=np.int64)
-    return Rows(empty == 0, empty, empty, empty, empty, np.zeros(1, dtype=np.int64), empty), empty == 0, empty == 0
+def _nothing() -> tuple[Rows, pa.Array, np.ndarray, np.ndarray]:
+    empty, no_key = np.empty(0, dtype=np.int64), pa.array([], type=KEY)
+    rows = Rows(empty == 0, empty, empty, empty, empty, empty, np.zeros(1, dtype=np.int64), empty)
+    return rows, no_key, empty == 0, empty == 0
 
 
-def _codes(keys: list[pa.Array]) -> np.ndarray:
-    """Equal numbers for equal keys, counted in the order in which they appear; -1 for null."""
-    chunks = pa.chunked_array(keys).combine_chunks().dictionary_encode()
-    return chunks.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+def _codes(keys: list[pa.Array]) -> tuple[np.ndarray, pa.Array]:
+    """Equal numbers for equal keys, counted in the order in which they appear, -1 for null; and the different keys."""
+    coded = pa.chunked_array(keys).combine_chunks().dictionary_encode()
+    return coded.indices.fill_null(-1).to_numpy(zero_copy_only=False), coded.dictionary
 
 
 def _lengths(lists: pa.ListArray) -> np.ndarray:

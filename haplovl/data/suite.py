@@ -98,8 +98,8 @@ CHECKS = (
     Check(
         "duplicate_id",
         "earlier_same_id",
-        "The id occurs for the first time in its source.",
-        "{earlier_same_id} earlier records have the same id",
+        "No earlier record of the source has the id; or, with repeated_ids: number, the id and the content.",
+        "{earlier_same_id} earlier records have the same {repeated}",
     ),
     Check(
         "split",

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from haplovl.data.contamination import Benchmarks, read_benchmarks
 from haplovl.data.entry_facts import ReadEntries
-from haplovl.data.findings import Findings
+from haplovl.data.findings import Findings, numbered
 from haplovl.data.gather import gather_entries, gather_pictures
 from haplovl.data.media import Media
 from haplovl.data.picture_facts import ReadPictures
@@ -230,7 +230,9 @@ def _validated(findings: Findings, batch: pa.RecordBatch, start: int, good: np.n
     table = pa.Table.from_batches([batch]).take(pa.array(chosen))
     counts = np.diff(rows.starts)[start + chosen]
     numbers = np.concatenate([rows.pictures[rows.starts[row] : rows.starts[row + 1]] for row in start + chosen])
-    columns = {name: table[name] for name in ("id", "kind", "source", "system", "turns")}
+    columns = {name: table[name] for name in ("kind", "source", "system", "turns")}
+    ids, added = table["id"].to_pylist(), findings.numbers[start + chosen]
+    columns["id"] = pa.array([numbered(id_, n) if n else id_ for id_, n in zip(ids, added.tolist(), strict=True)])
     columns["split"] = pa.array([SPLITS[number] for number in findings.splits.split[start + chosen]])
     columns["images"] = _images(findings, counts, numbers)
     return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)

@@ -103,6 +103,20 @@ def test_texts_that_teach_nothing_or_are_damaged(check) -> None:
     assert list(outcome.accepted) == ["fine"]
 
 
+def test_ids_that_repeat_are_refused_or_numbered(check) -> None:
+    records = [record("a"), record("a", answer="Another."), record("a"), record("a~2"), record("a", answer="A third.")]
+    refused = check(records)
+    assert [row["reasons"] for row in refused.quarantine] == [
+        [f"duplicate_id: {n} earlier records have the same id"] for n in (1, 2, 3)
+    ]
+    numbered = check(records, repeated_ids="number")
+    answers = {id_: row.record.turns[0].answer for id_, row in numbered.accepted.items()}
+    assert answers == {"a": "A square.", "a~3": "Another.", "a~2": "A square.", "a~4": "A third."}
+    assert [row["reasons"] for row in numbered.quarantine] == [
+        ["duplicate_id: 1 earlier records have the same id and content"]
+    ]
+
+
 # --- evaluation sets -------------------------------------------------------------------------------------------------
 LONG = "Which of these planets has the largest number of known moons?"
 
