@@ -222,8 +222,8 @@ class ValidateSettings(Strict):
     degenerate_repeats: Annotated[int, Field(ge=2)] = 8
     """Times that a word, being the whole answer, is repeated in an answer that teaches nothing."""
     repeated_ids: Literal["refuse", "number"] = "refuse"
-    """What becomes of a record whose id an earlier one of its source has: it is quarantined or, unless it says the same,
-    named ID~2, ID~3 and so on, for sets that give one id to all records of a picture, as LLaVA's do."""
+    """What becomes of a record whose id an earlier one of its source has: it is quarantined or, unless it says the
+    same, named ID~2, ID~3 and so on, for sets that give one id to all records of a picture, as LLaVA's do."""
     splits: SplitShares = SplitShares()
     benchmarks: list[str] = []
     """Folders of evaluation sets (pictures, JSON, JSONL, Parquet): what they show and ask is kept out of training."""
