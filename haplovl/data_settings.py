@@ -213,7 +213,7 @@ class ValidateSettings(Strict):
     """The stage fails when more than this share of the records is bad."""
     max_image_pixels: PositiveInt = 50_000_000
     """Larger images are refused from their header, before decoding."""
-    min_image_side: PositiveInt = 8
+    min_image_side: PositiveInt = 4
     """Shorter side in pixels that an image must have at least."""
     max_aspect_ratio: Annotated[float, Field(ge=1.0)] = 30.0
     """Longer side over shorter side that an image may have at most."""
