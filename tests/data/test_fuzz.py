@@ -1,7 +1,10 @@
 """Thousands of damaged records and files among good ones: nothing crashes, nothing is lost, the good ones arrive."""
 
+import io
 import json
 import random
+import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ from small_data import Outcome, params_of, photograph, record
 
 from haplovl.data.collect import collect
 from haplovl.data.validate import validate
+from haplovl.errors import UserError
 
 GOOD, DAMAGED, PICTURES = 120, 2500, 500
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -90,10 +94,8 @@ def broken_picture(dice: random.Random, number: int, folder: Path) -> bytes:
     return dice.choice([b"", b"<svg/>", dice.randbytes(500), zlib.compress(b"\0" * 5_000_000), bytes(data) * 2])
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], Outcome]:
-    """Pictures of every broken kind, and a function that validates annotation files beside them."""
-    monkeypatch.chdir(tmp_path)
+def write_pictures(tmp_path: Path) -> None:
+    """Good pictures, and some of every broken kind."""
     dice = random.Random(11)
     images = tmp_path / "images"
     images.mkdir()
@@ -105,8 +107,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[s
     (images / "link.jpg").symlink_to(tmp_path / "outside.jpg")
     (images / "loop").symlink_to(images / "loop")
 
-    def run(names: list[str]) -> Outcome:
-        source = {"name": "fuzz", "format": "llava", "license": "none", "images": "images", "near_duplicates": 2}
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], Outcome]:
+    """A function that collects and validates annotation files."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(names: list[str], images: str = "images") -> Outcome:
+        source = {"name": "fuzz", "format": "llava", "license": "none", "images": images, "near_duplicates": 2}
         params = params_of([{**source, "annotations": names}])
         collect(params)
         validate(params, processes=2)
@@ -120,6 +128,7 @@ def good_records() -> list[dict]:
 
 
 def test_thousands_of_damaged_lines_lose_nothing(project, tmp_path) -> None:
+    write_pictures(tmp_path)
     dice = random.Random(7)
     lines = [json.dumps(data).encode() for data in good_records()]
     lines += [damaged_line(dice, number) for number in range(DAMAGED)]
@@ -141,6 +150,7 @@ def test_thousands_of_damaged_lines_lose_nothing(project, tmp_path) -> None:
 
 
 def test_lists_cut_anywhere_keep_what_comes_before(project, tmp_path) -> None:
+    write_pictures(tmp_path)
     dice = random.Random(3)
     whole = json.dumps(good_records())
     names = []
@@ -156,3 +166,44 @@ def test_lists_cut_anywhere_keep_what_comes_before(project, tmp_path) -> None:
         own = [id_ for id_ in outcome.accepted if id_.startswith(f"{number}-good-")]
         assert len(own) == ends
         assert sum(row["file"] == name for row in outcome.quarantine) == 1
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def zip_of(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "pack"), [("tar", tar_of), ("zip", zip_of)])
+@pytest.mark.parametrize("damage", ["zeroed", "cut"])
+def test_damaged_archives_cost_the_damaged_pictures(project, tmp_path, kind: str, pack: Callable, damage: str) -> None:
+    files = {f"good-{number}.jpg": photograph(number) for number in range(GOOD)}
+    data = bytearray(pack(files))
+    middle = len(data) // 2
+    if damage == "zeroed":
+        data[middle : middle + 9000] = bytes(9000)
+    else:
+        del data[middle:]
+    (tmp_path / f"images.{kind}").write_bytes(data)
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(data) + "\n" for data in good_records()))
+    try:
+        outcome = project(["lines.jsonl"], images=f"images.{kind}")
+    except UserError as error:  # a zip that lost the directory at its end
+        assert (kind, damage) == ("zip", "cut") and "none of the 120 records can be used" in str(error)
+        return
+    assert len(outcome.accepted) + len(outcome.quarantine) == GOOD
+    # What lies before the damage arrives.
+    assert {f"good-{number}" for number in range(GOOD // 2 - 10)} <= set(outcome.accepted)
+    assert outcome.quarantine
