@@ -172,7 +172,7 @@ class ModelSettings(Strict):
 
 # --- prepare -------------------------------------------------------------------------------------------------------
 class PrepareSettings(Strict):
-    chat_template: Literal["plain", "vicuna", "llama-3", "chatml"]
+    chat_template: Literal["plain", "vicuna", "llama-3", "chatml", "mistral"]
     max_tokens: PositiveInt
     """Longest record in tokens, image tokens included; longer ones are quarantined, never cut."""
     records_per_shard: PositiveInt = 2048
