@@ -30,7 +30,7 @@ from prefect.states import Completed, Failed
 
 from flows.stages import Project, run_stage
 from haplovl.errors import UserError
-from haplovl.files import METRICS, RAW, REPORTS, RUNS, read_json
+from haplovl.files import METRICS, REPORTS, RUNS, read_json
 
 REGISTER_STAGE = "register"
 REPORT = REPORTS / "evaluation" / "index.html"
@@ -173,11 +173,15 @@ def _scores_table(evaluation: dict[str, Any]) -> Any:
 
 def _ask_command() -> str | None:
     """A shell command about the first held-out record with one picture; None where there is none."""
+    from haplovl.data.media import Media
     from haplovl.data.validated import read_validated
     from haplovl.records import IMAGE_PLACEHOLDER
 
+    media = Media()
     try:
-        row = next((row for row in read_validated(split="test") if len(row.images) == 1), None)
+        rows = (row for row in read_validated(split="test") if len(row.images) == 1)
+        found = ((row, media.path(row.source, row.images[0].path)) for row in rows)
+        row, path = next(((row, path) for row, path in found if path), (None, None))
     except UserError:
         return None
     if row is None:
@@ -185,9 +189,7 @@ def _ask_command() -> str | None:
     # A short question shows more than the caption that a record may start with.
     turn = next((turn for turn in row.record.turns if turn.kind != "caption"), row.record.turns[0])
     question = turn.question.replace(IMAGE_PLACEHOLDER, "").strip()
-    return (
-        f".venv/bin/haplovl ask --image {shlex.quote(str(RAW / 'images' / row.images[0].path))} {shlex.quote(question)}"
-    )
+    return f".venv/bin/haplovl ask --image {shlex.quote(str(path))} {shlex.quote(question)}"
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Turn:
 class Record:
     """One conversation about zero or more images.
 
-    `images` are paths relative to the source's image folder, in the order of the `<image>` placeholders that the
+    `images` are references that `haplovl.data.media` resolves, in the order of the `<image>` placeholders that the
     questions hold. `split` is one of SPLITS, or `""` where the source names none.
     """
 
@@ -137,10 +137,10 @@ def _short(value: Any, limit: int = 60) -> str:
 
 @dataclass(frozen=True)
 class RawItem:
-    """One entry of an annotation file: its data, or the error that stands in its place.
+    """One entry of a source: its data, or the error that stands in its place.
 
-    `position` is the 1-based line (JSONL) or the 0-based index (JSON). Beside an error, `raw` holds the beginning of
-    the text that could not be read.
+    `file` is the annotation file or archive that holds it; `position` is the 1-based line (JSONL) or the 0-based index
+    (everything else). Beside an error, `raw` holds the beginning of the text that could not be read.
     """
 
     file: str
@@ -148,6 +148,7 @@ class RawItem:
     data: Any = None
     error: str = ""
     raw: str = ""
+    source: str = ""
 
 
 RAW_LIMIT = 10_000

@@ -12,70 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from haplovl.data_settings import CollectSettings, PositiveFloat, PositiveInt, PrepareSettings, Share, ValidateSettings
 from haplovl.strict import SettingsError, Strict, load_strict
 
 PARAMS_FILE = Path("params.yaml")
 COMPUTE_FOLDER = Path("infra/compute")
-
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-
-
-# --- collect -------------------------------------------------------------------------------------------------------
-class ScenesSource(Strict):
-    """The embedded data set: scenes of real handwritten digits from scikit-learn."""
-
-    kind: Literal["scenes"]
-    image_size: PositiveInt = 32
-    """Side of the square canvas in pixels; it holds 2x2 cells."""
-    train_records: PositiveInt
-    validation_records: PositiveInt
-    test_records: PositiveInt
-    questions_per_record: PositiveInt = 6
-    """Most questions about one picture; scenes with few digits give fewer."""
-    text_only_share: Share = 0.1
-    two_image_share: Share = 0.15
-    caption_share: Share = 0.4
-    """Share of the training records that hold a caption alone, half of them of one digit. The other shares are of the
-    rest."""
-
-
-class LlavaSource(Strict):
-    """LLaVA-style JSON or JSONL annotations beside a folder of images."""
-
-    kind: Literal["llava"]
-    annotations: list[str] = Field(min_length=1)
-    """Annotation files (.json or .jsonl)."""
-    images: str
-    """Folder that the records' image paths are relative to."""
-
-
-class CollectSettings(Strict):
-    source: ScenesSource | LlavaSource = Field(discriminator="kind")
-
-
-# --- validate ------------------------------------------------------------------------------------------------------
-class SplitShares(Strict):
-    """Shares of records held out when a source names no split; decided by image content."""
-
-    validation: Share = 0.01
-    test: Share = 0.02
-
-    @model_validator(mode="after")
-    def _leave_training_data(self) -> "SplitShares":
-        if self.validation + self.test >= 1.0:
-            raise ValueError("validation and test leave nothing to train on")
-        return self
-
-
-class ValidateSettings(Strict):
-    max_quarantined_share: Share = 0.02
-    """The stage fails when more than this share of the records is bad."""
-    max_image_pixels: PositiveInt = 50_000_000
-    """Larger images are refused from their header, before decoding."""
-    splits: SplitShares = SplitShares()
 
 
 # --- teachers ------------------------------------------------------------------------------------------------------
@@ -168,14 +109,6 @@ class ModelSettings(Strict):
         if self.released_layout and wrong:
             raise ValueError(f"released_layout needs {', '.join(wrong)}")
         return self
-
-
-# --- prepare -------------------------------------------------------------------------------------------------------
-class PrepareSettings(Strict):
-    chat_template: Literal["plain", "vicuna", "llama-3", "chatml", "mistral"]
-    max_tokens: PositiveInt
-    """Longest record in tokens, image tokens included; longer ones are quarantined, never cut."""
-    records_per_shard: PositiveInt = 2048
 
 
 # --- train ---------------------------------------------------------------------------------------------------------

@@ -58,12 +58,21 @@ def _explain(path: Path, kind: type[Strict], error: Any, data: dict) -> str:
     return f"{path}: '{name}': {error['msg'][0].lower()}{error['msg'][1:]}{given}"
 
 
+TAGS = ("kind", "format")
+"""Fields that tell the members of a union apart."""
+
+
 def _without_tags(location: list[str], data: Any) -> list[str]:
     """Drops the discriminator tags that pydantic puts into the location of a union member."""
     kept = []
     for i, part in enumerate(location):
         last = i == len(location) - 1
-        if isinstance(data, dict) and part not in data and data.get("kind") == part and not last:
+        if isinstance(data, list) and part.isdigit():
+            data = data[int(part)] if int(part) < len(data) else None
+            kept.append(part)
+            continue
+        tags = [data.get(tag) for tag in TAGS] if isinstance(data, dict) else []
+        if part in tags and part not in data and not last:
             continue
         kept.append(part)
         data = data.get(part) if isinstance(data, dict) else None
@@ -72,19 +81,28 @@ def _without_tags(location: list[str], data: Any) -> list[str]:
 
 def _valid_keys(kind: Any, location: list[str]) -> list[str]:
     """The keys that the settings class at `location` below `kind` accepts."""
-    for i, part in enumerate(location):
-        fields = {field.alias or name: field for name, field in kind.model_fields.items()}
-        if part not in fields:
-            return list(fields)
-        annotation = fields[part].annotation
-        members = [m for m in getattr(annotation, "__args__", (annotation,)) if hasattr(m, "model_fields")]
-        if len(members) > 1:
-            tag = location[i + 1] if i + 1 < len(location) else None
-            tagged = [m for m in members if tag in getattr(m.model_fields["kind"].annotation, "__args__", ())]
-            members = tagged or members
-            if tagged:
-                return _valid_keys(members[0], location[i + 2 :])
-        if not members:
-            return []
-        kind = members[0]
-    return [field.alias or name for name, field in kind.model_fields.items()]
+    fields = {field.alias or name: field for name, field in kind.model_fields.items()}
+    if not location or location[0] not in fields:
+        return list(fields)
+    members = _models(fields[location[0]].annotation)
+    rest = [part for part in location[1:] if not part.isdigit()]
+    if len(members) > 1 and rest:
+        tagged = [member for member in members if rest[0] in _tags_of(member)]
+        members, rest = tagged or members, rest[1:] if tagged else rest
+    return _valid_keys(members[0], rest) if members else []
+
+
+def _models(annotation: Any) -> list[Any]:
+    """The settings classes inside an annotation: of lists, unions and annotated types."""
+    if hasattr(annotation, "model_fields"):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models(part)]
+
+
+def _tags_of(model: Any) -> tuple[Any, ...]:
+    return tuple(
+        value
+        for tag in TAGS
+        if tag in model.model_fields
+        for value in getattr(model.model_fields[tag].annotation, "__args__", ())
+    )

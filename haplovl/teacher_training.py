@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from haplovl.data.conversation import TEMPLATES, ChatTemplate, Encoder, segments
+from haplovl.data.media import Media
 from haplovl.data.validated import ValidatedRecord, read_validated
 from haplovl.errors import UserError
 from haplovl.files import RAW
 from haplovl.model import HaploImageProcessor
 from haplovl.model.processing import IMAGE_TOKEN, VIDEO_TOKEN
-from haplovl.pictures import open_image
 from haplovl.progress import reporter
 from haplovl.records import IMAGE_PLACEHOLDER, Record
 from haplovl.settings import Params
@@ -146,7 +146,8 @@ def _encode_pairs(
     pairs: list[tuple[ValidatedRecord, str]], tokenizer: PreTrainedTokenizerBase, image_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     processor = HaploImageProcessor(image_size, image_size)  # one patch: only the pixels matter here
-    pictures = [open_image(RAW / "images" / item.images[0].path) for item, _ in pairs]
+    media = Media(RAW)
+    pictures = [media.open(item.source, item.images[0].path) for item, _ in pairs]
     pixels = processor(pictures, return_tensors="pt")["pixel_values"][:, 0]  # one tile each
     captions = [caption + tokenizer.eos_token for _, caption in pairs]
     text = tokenizer(captions, padding=True, return_tensors="pt", add_special_tokens=False, padding_side="right")

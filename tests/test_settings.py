@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from haplovl.settings import ScenesSource, SettingsError, fingerprint, load_compute, load_params
+from haplovl.data_settings import ScenesSource
+from haplovl.settings import SettingsError, fingerprint, load_compute, load_params
 
 REPO = Path(__file__).resolve().parents[1]
 SHIPPED = [REPO / "params.yaml", *sorted((REPO / "params").glob("*.yaml"))]
@@ -18,7 +19,7 @@ def write_changed(folder: Path, key: str, value: Any) -> Path:
     *parents, last = key.split(".")
     section = params
     for parent in parents:
-        section = section[parent]
+        section = section[int(parent) if parent.isdigit() else parent]
     if value is ...:
         del section[last]
     else:
@@ -40,7 +41,7 @@ def test_every_compute_profile_that_ships_parses(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_default_source_is_the_embedded_data_set() -> None:
-    assert isinstance(load_params(REPO / "params.yaml").collect.source, ScenesSource)
+    assert isinstance(load_params(REPO / "params.yaml").collect.sources[0], ScenesSource)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_the_default_source_is_the_embedded_data_set() -> None:
         ("stage_1", {}, ["unknown key 'stage_1'", "did you mean 'stage1'?"]),
         ("model.imagesize", 3, ["unknown key 'model.imagesize'", "did you mean 'image_size'?"]),
         ("stage1.batch.row", 3, ["unknown key 'stage1.batch.row'", "did you mean 'rows'?"]),
-        ("collect.source.train_recods", 3, ["'collect.source.train_recods'", "did you mean 'train_records'?"]),
+        ("collect.sources.0.train_recods", 3, ["'collect.sources.0.train_recods'", "did you mean 'train_records'?"]),
         ("teachers.vision.patchsize", 8, ["'teachers.vision.patchsize'", "did you mean 'patch_size'?"]),
         ("validate.max_quarantine_share", 0.1, ["'validate.max_quarantine_share'", "'max_quarantined_share'?"]),
         ("stage2.optimizer.lr", 0.1, ["unknown key 'stage2.optimizer.lr'", "did you mean"]),
@@ -58,8 +59,8 @@ def test_the_default_source_is_the_embedded_data_set() -> None:
         ("stage1.precision", "fp8", ["'stage1.precision'", "found 'fp8'"]),
         ("validate.max_quarantined_share", 2.0, ["'validate.max_quarantined_share'", "found 2.0"]),
         ("validate.splits", {"validation": 0.5, "test": 0.5}, ["'validate.splits'", "leave nothing to train on"]),
-        ("collect.source.kind", "scene", ["'collect.source'", "'scenes', 'llava'"]),
-        ("collect.source.train_records", ..., ["'collect.source.train_records' is missing"]),
+        ("collect.sources.0.format", "scene", ["'collect.sources.0'", "'scenes', 'llava'"]),
+        ("collect.sources.0.train_records", ..., ["'collect.sources.0.train_records' is missing"]),
         ("model", ..., ["'model' is missing"]),
     ],
 )

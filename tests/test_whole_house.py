@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 SMALL = {
-    "collect.source": {"train_records": 400, "validation_records": 20, "test_records": 60},
+    "collect.sources.0": {"train_records": 400, "validation_records": 20, "test_records": 60},
     "teachers.vision": {"hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2, "steps": 4, "batch": 16},
     "teachers.language": {"vocabulary": 400, "hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2,
                           "steps": 4, "batch": 8},
@@ -48,7 +48,7 @@ def clone(source: Path, target: Path) -> Path:
     for place, values in SMALL.items():
         section = params
         for part in place.split("."):
-            section = section[part]
+            section = section[int(part) if part.isdigit() else part]
         section.update(values)
     (target / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     for words in (

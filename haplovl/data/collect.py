@@ -1,137 +1,93 @@
-"""`haplovl collect`: brings a data source into data/raw/, unchanged.
-
-    data/raw/annotations/   LLaVA-style .json and .jsonl files
-    data/raw/images/        the images that the records name, under the same relative paths
-    data/raw/skipped.jsonl  images that could not be brought, with the reason (LLaVA sources only)
+"""`haplovl collect`: brings the sources into data/raw/, their bytes unchanged (layout: haplovl.data.sources).
 
 Nothing is decoded or judged here; that is validate's work.
 """
 
-import os
-import shutil
-from collections import Counter
-from collections.abc import Iterator
+import hashlib
+import heapq
+import json
 from pathlib import Path
+from typing import Any
 
-from haplovl.data import scenes
-from haplovl.errors import UserError
-from haplovl.files import RAW, whole_folder
-from haplovl.pictures import ImageError, open_file, resolve_inside
-from haplovl.records import RecordError, parse_record, read_items, write_jsonl
-from haplovl.settings import LlavaSource, Params, ScenesSource
-
-ANNOTATIONS, IMAGES, SKIPPED = "annotations", "images", "skipped.jsonl"
+from haplovl.data.media import SKIPPED
+from haplovl.data.sources import ADAPTERS, SOURCES_FILE, Collected, entries, id_hash, read_entries
+from haplovl.data.sources.common import ANNOTATIONS, Bringing
+from haplovl.data_settings import SourceSettings
+from haplovl.files import RAW, whole_folder, write_json
+from haplovl.pictures import ImageError
+from haplovl.records import RecordError, parse_record
+from haplovl.settings import Params
 
 
 def collect(params: Params, root: Path = RAW) -> None:
-    """Writes the source's annotations and images to `root`, which appears only when all of it is there.
+    """Brings every source into `root`, which appears only when all of it is there.
 
     Raises:
-        UserError: the source cannot be read.
+        UserError: a source cannot be read.
         OSError: the output cannot be written (disk full).
     """
-    source = params.collect.source
-    if isinstance(source, LlavaSource):
-        files, images = _readable_files(source.annotations), _readable_folder(source.images)
+    sources = params.collect.sources
+    for settings in sources:
+        ADAPTERS[settings.format].check(settings)
     with whole_folder(root) as folder:
-        (folder / ANNOTATIONS).mkdir()
-        (folder / IMAGES).mkdir()
-        if isinstance(source, ScenesSource):
-            counts = _collect_scenes(source, params.seed, folder)
-        else:
-            counts = _collect_llava(files, images, folder)
-    skipped = f", {counts['skipped']} images skipped (see {root / SKIPPED})" if counts["skipped"] else ""
-    print(f"collected {counts['records']} records and {counts['images']} images into {root}{skipped}")
+        collected = [_bring(settings, params.seed, folder) for settings in sources]
+        write_json(folder / SOURCES_FILE, [source.to_json() for source in collected])
+    for source in collected:
+        skipped = f", {source.skipped} skipped (see {root / source.name / SKIPPED})" if source.skipped else ""
+        print(f"{source.name}: {source.records} records, {source.images} images{skipped}")
+    print(f"collected {len(collected)} source{'s' * (len(collected) > 1)} into {root}")
 
 
-def _collect_scenes(source: ScenesSource, seed: int, folder: Path) -> Counter[str]:
-    counts: Counter[str] = Counter()
-
-    def rows() -> Iterator[dict]:
-        for record in scenes.generate(source, seed, folder / IMAGES):
-            counts.update(records=1, images=len(record.images))
-            yield record.to_json()
-
-    write_jsonl(folder / ANNOTATIONS / "scenes.jsonl", rows())
-    return counts
-
-
-def _collect_llava(files: list[Path], images: Path, folder: Path) -> Counter[str]:
-    """Copies the annotation files, then every image that one of their records names."""
-    counts: Counter[str] = Counter()
-    skipped: dict[str, str] = {}
-    seen: set[str] = set()
-    names: set[str] = set()
-    for file in files:
-        copy = folder / ANNOTATIONS / _unique_name(file.name, names)
-        shutil.copyfile(file, copy)
-        for item in read_items(copy):
-            counts["records"] += 1
-            for image in _images_of(item.data):
-                if image in seen:
+def _bring(settings: SourceSettings, seed: int, raw: Path) -> Collected:
+    """Brings one source: its files, then every image that a record of its sample names."""
+    adapter = ADAPTERS[settings.format]
+    bringing = Bringing(raw / settings.name)
+    (bringing.folder / ANNOTATIONS).mkdir(parents=True)
+    bringing.media.mkdir()
+    adapter.bring(settings, seed, bringing)
+    source = Collected(settings, 0, 0, 0, _sample_below(bringing.folder, settings), tuple(bringing.files))
+    records, seen = 0, _Seen()
+    images = skipped = 0
+    with (bringing.folder / SKIPPED).open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        for item in entries(raw, source):
+            records += 1
+            for ref in _images_of(item.data):
+                if not seen.add(ref):
                     continue
-                seen.add(image)
                 try:
-                    _copy_image(images, image, folder / IMAGES)
-                    counts["images"] += 1
+                    adapter.bring_image(settings, ref, bringing)
+                    images += 1
                 except ImageError as error:
-                    skipped[image] = str(error)
-    counts["skipped"] = len(skipped)
-    write_jsonl(folder / SKIPPED, ({"image": image, "reason": skipped[image]} for image in sorted(skipped)))
-    return counts
+                    skipped += 1
+                    file.write(json.dumps({"ref": ref, "reason": str(error)}, ensure_ascii=False) + "\n")
+    return Collected(settings, records, images, skipped, source.sample_below, tuple(bringing.files))
 
 
-def _images_of(data: object) -> tuple[str, ...]:
+class _Seen:
+    """A set of names that keeps 8 bytes of each."""
+
+    def __init__(self) -> None:
+        self._hashes: set[int] = set()
+
+    def add(self, name: str) -> bool:
+        """Whether the name is new."""
+        digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
+        before = len(self._hashes)
+        self._hashes.add(int.from_bytes(digest))
+        return len(self._hashes) > before
+
+
+def _sample_below(folder: Path, settings: SourceSettings) -> int | None:
+    """The id hash that lets exactly `sample` records through; None where all pass."""
+    if settings.sample is None:
+        return None
+    smallest = heapq.nsmallest(settings.sample + 1, map(id_hash, read_entries(folder, settings)))
+    return smallest[-1] if len(smallest) > settings.sample else None
+
+
+def _images_of(data: Any) -> tuple[str, ...]:
     """The images of an entry; none where it is no record, as nothing will read them."""
     try:
         return parse_record(data).images
     except RecordError:
         return ()
-
-
-def _copy_image(source: Path, relative: str, target: Path) -> None:
-    """Copies one image's bytes to the same relative path, links resolved.
-
-    Raises:
-        ImageError: it is missing, leaves the folder, is no regular file or cannot be read.
-        OSError: the copy cannot be written.
-    """
-    with open_file(resolve_inside(source, relative)) as original:
-        copy = target / relative
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with copy.open("wb") as file:
-            shutil.copyfileobj(original, file, 1 << 20)
-
-
-def _unique_name(name: str, taken: set[str]) -> str:
-    """`name`, or `name` with a number where another source file of this name came first."""
-    path, unique, number = Path(name), name, 1
-    while unique in taken:
-        number += 1
-        unique = f"{path.stem}-{number}{path.suffix}"
-    taken.add(unique)
-    return unique
-
-
-def _readable_files(names: list[str]) -> list[Path]:
-    for name in names:
-        path = Path(name)
-        if path.suffix not in (".json", ".jsonl"):
-            raise UserError(f"the annotation file {name} must end in .json or .jsonl")
-        try:
-            with path.open("rb"):
-                pass
-        except OSError as error:
-            raise UserError(f"the annotation file {name} cannot be read: {error.strerror}") from None
-    return [Path(name) for name in names]
-
-
-def _readable_folder(name: str) -> Path:
-    try:
-        with os.scandir(name):
-            pass
-        # Listing needs the right to read, opening the files inside the right to enter.
-        os.stat(os.path.join(name, "."))
-    except OSError as error:
-        raise UserError(f"the image folder {name} cannot be read: {error.strerror}") from None
-    return Path(name)

@@ -20,8 +20,8 @@ from random import Random
 import numpy as np
 from PIL import Image
 
+from haplovl.data_settings import ScenesSource
 from haplovl.records import IMAGE_PLACEHOLDER, Record, Turn
-from haplovl.settings import ScenesSource
 
 COLOURS = {
     "red": (230, 40, 40),

@@ -18,7 +18,7 @@ NAME = "records"
 FIXED_TIME = datetime(2000, 1, 1, tzinfo=UTC)
 """Stands for the run's time: data docs are a DVC out and hold no clock."""
 
-PLACE = ("row", "file", "position", "id")
+PLACE = ("row", "source", "file", "position", "id")
 """Columns that tell the reader of the data docs which record is meant."""
 
 

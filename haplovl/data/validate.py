@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from haplovl.data.collect import ANNOTATIONS, IMAGES, SKIPPED
+from haplovl.data.media import Media
+from haplovl.data.sources import Collected, entries, read_sources
 from haplovl.data.suite import CHECKS, judge
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
+from haplovl.data_settings import SplitShares
 from haplovl.errors import UserError
-from haplovl.files import METRICS, QUARANTINE, RAW, REPORTS, VALIDATED, require, whole_folder, write_json
-from haplovl.pictures import ImageError, decode_bytes, read_image_file, resolve_inside
+from haplovl.files import METRICS, QUARANTINE, RAW, REPORTS, VALIDATED, whole_folder, write_json
+from haplovl.pictures import ImageError, decode_bytes
 from haplovl.records import (
     IMAGE_PLACEHOLDER,
     SPLITS,
@@ -30,10 +32,9 @@ from haplovl.records import (
     Record,
     RecordError,
     parse_record,
-    read_items,
     write_jsonl,
 )
-from haplovl.settings import Params, SplitShares
+from haplovl.settings import Params
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 QUARANTINE_FILE = "records.jsonl"
 DATA_LIMIT = 10_000
 """Characters of an entry that quarantine keeps."""
+ImageName = tuple[str, str]
+"""A source's name and the reference of one of its images."""
 HELD_OUT = {"train": 0, "validation": 1, "test": 2}
 """How strongly a split claims an image that occurs in several: the highest keeps it."""
 
@@ -50,6 +53,7 @@ class Facts:
     """What is known about one entry; a row of the table that the suite judges. Errors are None where there is none."""
 
     row: int
+    source: str
     file: str
     position: int
     id: str | None = None
@@ -84,44 +88,44 @@ def validate(
     """
     shutil.rmtree(validated, ignore_errors=True)
     settings = params.validate_
-    files = _annotation_files(raw)
-    facts, paths = _read_facts(files)
-    images = inspect_images(raw, {path for own in paths for path in own}, settings.max_image_pixels)
+    sources = read_sources(raw)
+    facts, paths = _read_facts(raw, sources)
+    named = {(known.source, path) for known, own in zip(facts, paths, strict=True) for path in own}
+    images = inspect_images(raw, named, settings.max_image_pixels)
     _add_image_facts(facts, paths, images)
-    _add_splits(facts, paths, images, settings.splits)
+    _add_splits(facts, paths, images, _shares(sources, settings.splits))
     reasons, counts = _judge_all(facts, docs)
     with whole_folder(quarantine) as folder:
-        write_jsonl(folder / QUARANTINE_FILE, _quarantined(files, facts, reasons))
+        write_jsonl(folder / QUARANTINE_FILE, _quarantined(raw, sources, facts, reasons))
     summary = _summary(facts, paths, reasons, counts)
     write_json(metrics, summary)
     _stop_if_bad(summary, settings.max_quarantined_share, quarantine / QUARANTINE_FILE)
     with whole_folder(validated) as folder:
-        write_validated(folder, _accepted(files, facts, images, reasons))
+        write_validated(folder, _accepted(raw, sources, facts, images, reasons))
     splits = ", ".join(f"{count} {name}" for name, count in summary["splits"].items())
     print(f"accepted {summary['accepted']} of {summary['records']} records ({splits}) into {validated}; ", end="")
     print(f"quarantined {summary['quarantined']} into {quarantine / QUARANTINE_FILE}")
 
 
 # --- facts ---------------------------------------------------------------------------------------------------------
-def _annotation_files(raw: Path) -> list[Path]:
-    files = sorted(require(raw / ANNOTATIONS, made_by="collect").iterdir())
-    if not files:
-        raise UserError(f"there is no annotation file in {raw / ANNOTATIONS}; run 'haplovl collect' first")
-    return files
+def _items(raw: Path, sources: list[Collected]) -> Iterator[RawItem]:
+    """Every entry of every source; its number in this order is its row."""
+    for source in sources:
+        yield from entries(raw, source)
 
 
-def _items(files: list[Path]) -> Iterator[RawItem]:
-    """Every entry of every file; its number in this order is its row."""
-    for path in files:
-        yield from read_items(path)
+def _shares(sources: list[Collected], default: SplitShares) -> dict[str, SplitShares]:
+    """What every source holds out of the records that name no split."""
+    own = {source.name: source.settings.split for source in sources}
+    return {name: split if isinstance(split, SplitShares) else default for name, split in own.items()}
 
 
-def _read_facts(files: list[Path]) -> tuple[list[Facts], list[tuple[str, ...]]]:
+def _read_facts(raw: Path, sources: list[Collected]) -> tuple[list[Facts], list[tuple[str, ...]]]:
     """The facts that need no image, and the image paths of every entry."""
     facts, paths = [], []
     seen: Counter[str] = Counter()
-    for row, item in enumerate(_items(files)):
-        known = Facts(row, item.file, item.position, id=_id_of(item))
+    for row, item in enumerate(_items(raw, sources)):
+        known = Facts(row, item.source, item.file, item.position, id=_id_of(item))
         record = _parse(item, known)
         if record is not None:
             _add_text_facts(known, record)
@@ -166,33 +170,30 @@ def _add_text_facts(known: Facts, record: Record) -> None:
     )
 
 
-def inspect_images(raw: Path, paths: Iterable[str], max_pixels: int) -> dict[str, ImageFile | str]:
-    """Decodes every image once: path → what it is, or why it cannot be used."""
-    skipped = {}
-    if (raw / SKIPPED).exists():
-        skipped = {item.data["image"]: item.data["reason"] for item in read_items(raw / SKIPPED)}
+def inspect_images(raw: Path, named: Iterable[ImageName], max_pixels: int) -> dict[ImageName, ImageFile | str]:
+    """Decodes every image once: (source, reference) → what it is, or why it cannot be used."""
+    media = Media(raw)
 
-    def inspect(path: str) -> ImageFile | str:
-        if path in skipped:
-            return skipped[path]
+    def inspect(name: ImageName) -> ImageFile | str:
         try:
-            data = read_image_file(resolve_inside(raw / IMAGES, path))
+            data = media.read(*name)
             width, height = decode_bytes(data, max_pixels).size
         except ImageError as error:
             return str(error)
-        return ImageFile(path, hashlib.sha256(data).hexdigest(), width, height)
+        return ImageFile(name[1], hashlib.sha256(data).hexdigest(), width, height)
 
-    ordered = sorted(paths)
+    ordered = sorted(named)
     # Threads suffice: Pillow's decoders and the hash work outside the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(ordered, pool.map(inspect, ordered), strict=True))
 
 
-def _add_image_facts(facts: list[Facts], paths: list[tuple[str, ...]], images: dict[str, ImageFile | str]) -> None:
+def _add_image_facts(
+    facts: list[Facts], paths: list[tuple[str, ...]], images: dict[ImageName, ImageFile | str]
+) -> None:
     for known, own in zip(facts, paths, strict=True):
-        bad = next((path for path in own if isinstance(images[path], str)), None)
-        if bad is not None:
-            known.image_error = f"{bad}: {images[bad]}"
+        found = ((path, images[known.source, path]) for path in own)
+        known.image_error = next((f"{path}: {why}" for path, why in found if isinstance(why, str)), None)
 
 
 # --- splits --------------------------------------------------------------------------------------------------------
@@ -205,7 +206,10 @@ def split_of(key: str, shares: SplitShares) -> str:
 
 
 def _add_splits(
-    facts: list[Facts], paths: list[tuple[str, ...]], images: dict[str, ImageFile | str], shares: SplitShares
+    facts: list[Facts],
+    paths: list[tuple[str, ...]],
+    images: dict[ImageName, ImageFile | str],
+    shares: dict[str, SplitShares],
 ) -> None:
     """Gives a split to records that name none, and marks those whose image a more strongly held-out split owns."""
     usable = [known.kind is not None and known.image_error is None for known in facts]
@@ -214,15 +218,16 @@ def _add_splits(
         if not fine:
             continue
         # By content, so that all questions about one image land in one split, whatever the file is called.
-        key = images[own[0]].sha256 if own else hashlib.sha256(known.id.encode()).hexdigest()
-        known.split = known.split or split_of(key, shares)
+        key = images[known.source, own[0]].sha256 if own else hashlib.sha256(known.id.encode()).hexdigest()
+        known.split = known.split or split_of(key, shares[known.source])
         for path in own:
-            sha256 = images[path].sha256
+            sha256 = images[known.source, path].sha256
             owner[sha256] = max(known.split, owner.get(sha256, known.split), key=HELD_OUT.__getitem__)
     for known, own, fine in zip(facts, paths, usable, strict=True):
-        lost = next((path for path in own if fine and owner[images[path].sha256] != known.split), None)
+        owners = ((path, owner[images[known.source, path].sha256]) for path in own if fine)
+        lost = next(((path, split) for path, split in owners if split != known.split), None)
         if lost is not None:
-            known.split_conflict = f"{lost} in {known.split} is also in {owner[images[lost].sha256]}"
+            known.split_conflict = f"{lost[0]} in {known.split} is also in {lost[1]}"
 
 
 # --- judgement -----------------------------------------------------------------------------------------------------
@@ -262,7 +267,7 @@ def _summary(
         "reasons": counts,
         "splits": {name: splits[name] for name in SPLITS},
         "kinds": {name: kinds[name] for name in ("instruction", "caption", "text")},
-        "images": len({path for known in good for path in paths[known.row]}),
+        "images": len({(known.source, path) for known in good for path in paths[known.row]}),
         "turns": sum(known.turns for known in good),
     }
 
@@ -281,10 +286,12 @@ def _stop_if_bad(summary: dict[str, Any], limit: float, path: Path) -> None:
 
 
 # --- outputs -------------------------------------------------------------------------------------------------------
-def _quarantined(files: list[Path], facts: list[Facts], reasons: dict[int, list[str]]) -> Iterator[dict[str, Any]]:
-    for known, item in zip(facts, _items(files), strict=True):
+def _quarantined(
+    raw: Path, sources: list[Collected], facts: list[Facts], reasons: dict[int, list[str]]
+) -> Iterator[dict[str, Any]]:
+    for known, item in zip(facts, _items(raw, sources), strict=True):
         if known.row in reasons:
-            place = {"file": known.file, "position": known.position, "id": known.id}
+            place = {"source": known.source, "file": known.file, "position": known.position, "id": known.id}
             yield {**place, "reasons": reasons[known.row], "data": _bounded(item)}
 
 
@@ -297,9 +304,13 @@ def _bounded(item: RawItem) -> Any:
 
 
 def _accepted(
-    files: list[Path], facts: list[Facts], images: dict[str, ImageFile | str], reasons: dict[int, list[str]]
+    raw: Path,
+    sources: list[Collected],
+    facts: list[Facts],
+    images: dict[ImageName, ImageFile | str],
+    reasons: dict[int, list[str]],
 ) -> Iterator[ValidatedRecord]:
-    for known, item in zip(facts, _items(files), strict=True):
+    for known, item in zip(facts, _items(raw, sources), strict=True):
         if known.row not in reasons:
             record = replace(parse_record(item.data), split=known.split)
-            yield ValidatedRecord(record, tuple(images[path] for path in record.images), known.file)
+            yield ValidatedRecord(record, tuple(images[known.source, path] for path in record.images), known.source)

@@ -15,7 +15,7 @@ ROWS_PER_GROUP = 4096
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One checked image: its path relative to `data/raw/images`, its content's sha256, its upright size in pixels."""
+    """One checked image: its reference for `haplovl.data.media`, its content's sha256, its upright size in pixels."""
 
     path: str
     sha256: str
@@ -27,7 +27,7 @@ class ImageFile:
 class ValidatedRecord:
     """A record that passed every check.
 
-    `record.split` is always set, `images[i]` describes `record.images[i]`, and `source` is the annotation file's name.
+    `record.split` is always set, `images[i]` describes `record.images[i]`, and `source` is the source's name.
     """
 
     record: Record

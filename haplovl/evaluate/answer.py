@@ -47,13 +47,14 @@ def scored_answers(
     model: Any,
     processor: Any,
     questions: Sequence[str],
-    images: Sequence[Sequence[Path]],
+    images: Sequence[Sequence[Any]],
     batch: int,
     max_new_tokens: int,
-    open_picture: Callable[[Path], Image.Image] = open_image,
+    open_picture: Callable[[Any], Image.Image] = open_image,
     progress: Callable[[int], None] = lambda answered: None,
 ) -> list[Answer]:
-    """Like `answer`, with confidences. Pictures are opened when their batch is due, with `open_picture`.
+    """Like `answer`, with confidences. `open_picture` makes pictures of what `images` holds (paths of
+    files by default) when their batch is due.
 
     Questions of about the same length share a batch, so that little is computed for padding. `progress` is told after
     every batch how many questions are answered.

@@ -18,7 +18,7 @@ UNNAMED_KIND = "answer"
 
 @dataclass(frozen=True)
 class Question:
-    """One question to ask; `images` are the record's pictures below data/raw/images, in the order they are shown."""
+    """One question to ask; `images` are the record's pictures in the order they are shown, `source` is theirs."""
 
     id: str
     record_id: str
@@ -26,6 +26,7 @@ class Question:
     images: tuple[ImageFile, ...]
     question: str
     answer: str
+    source: str = ""
 
 
 def held_out_questions(per_type: int, folder: Path = VALIDATED, split: str = "test") -> list[Question]:
@@ -56,7 +57,9 @@ def questions_of(item: ValidatedRecord) -> list[Question]:
         text = " ".join(turn.question.replace(IMAGE_PLACEHOLDER, " ").split())
         if kind in ("", "caption") or not text:
             continue
-        questions.append(Question(f"{record.id}#{number}", record.id, kind, item.images, text, turn.answer))
+        questions.append(
+            Question(f"{record.id}#{number}", record.id, kind, item.images, text, turn.answer, item.source)
+        )
     return questions
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from haplovl.data.media import Media
 from haplovl.evaluate.plots import accuracy_bars, loss_curves
 from haplovl.evaluate.scorers import Outcome, by_kind, normalise
 from haplovl.files import (
@@ -27,7 +28,6 @@ from haplovl.files import (
     sha256_of_folder,
     write_whole,
 )
-from haplovl.pictures import open_image
 from haplovl.settings import Params, fingerprint
 
 WORST_SHOWN = 12
@@ -50,7 +50,7 @@ def write_report(
     `root` is the project's folder: pictures, training logs and lineage are read below it. What a recipe does not have
     (a stage without a log, say) is left out of the page.
     """
-    images = root / RAW / "images"
+    media = Media(root / RAW)
     samples = sample(outcomes, params.evaluate.samples_in_report)
     worst = worst_mistakes(outcomes, WORST_SHOWN)
     weakest = min(metrics["types"], key=lambda name: (metrics["types"][name]["accuracy"], name))
@@ -64,9 +64,9 @@ def write_report(
             tightest=tightest,
             bars=_data_uri(accuracy_bars(metrics).encode(), "image/svg+xml"),
             curves=_curves(root),
-            samples=[_card(outcome, images) for outcome in samples],
+            samples=[_card(outcome, media) for outcome in samples],
             wrong=sum(not outcome.correct for outcome in outcomes),
-            worst=[_card(outcome, images) for outcome in worst],
+            worst=[_card(outcome, media) for outcome in worst],
             weakest=weakest,
             confusion=confusion(by_kind(outcomes)[weakest]),
             validation=_read_if_there(root / METRICS / "validation.json"),
@@ -174,7 +174,7 @@ def _tail_mean(log: list[dict[str, Any]]) -> float:
     return sum(line["loss"] for line in tail) / len(tail)
 
 
-def _card(outcome: Outcome, images: Path) -> dict[str, Any]:
+def _card(outcome: Outcome, media: Media) -> dict[str, Any]:
     question = outcome.question
     return {
         "id": question.id,
@@ -185,13 +185,12 @@ def _card(outcome: Outcome, images: Path) -> dict[str, Any]:
         "blank_prediction": outcome.blank_prediction,
         "correct": outcome.correct,
         "certainty": math.exp(outcome.confidence),
-        "pictures": [_picture(images / image.path) for image in question.images],
+        "pictures": [_picture(media.open(question.source, image.path)) for image in question.images],
     }
 
 
-def _picture(path: Path) -> dict[str, Any]:
+def _picture(image: Image.Image) -> dict[str, Any]:
     """A picture as a data: URI (shrunk if large) and whether to show it enlarged with hard pixels."""
-    image = open_image(path)
     small = max(image.size) < PIXELATED_BELOW
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     kind = "png" if small else "jpeg"

@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from haplovl.data.media import Media
 from haplovl.errors import UserError
 from haplovl.evaluate.answer import Answer, blank, load_model, scored_answers
 from haplovl.evaluate.questions import Question, digest, held_out_questions
 from haplovl.evaluate.report import write_report
 from haplovl.evaluate.scorers import Outcome, score
 from haplovl.files import METRICS, RAW, REPORTS, STAGE2, VALIDATED, require, whole_folder, write_json
-from haplovl.pictures import open_image
 from haplovl.progress import reporter
 from haplovl.records import write_jsonl
 from haplovl.settings import EvaluateSettings, Params
@@ -31,7 +32,7 @@ def evaluate(params: Params, root: Path = Path(".")) -> None:
     if not questions:
         raise UserError("the test split holds no questions about pictures: nothing can be evaluated")
     model, processor = load_model(root / STAGE2)
-    outcomes = ask_all(model, processor, questions, root / RAW / "images", params.evaluate)
+    outcomes = ask_all(model, processor, questions, Media(root / RAW), params.evaluate)
     metrics = {**score(outcomes), "questions": len(questions), "data": {"sha256": digest(questions)}}
     with whole_folder(root / REPORTS / "evaluation") as folder:
         write_jsonl(folder / "predictions.jsonl", (prediction_row(outcome) for outcome in outcomes))
@@ -46,15 +47,20 @@ def ask_all(
     model: Any,
     processor: Any,
     questions: Sequence[Question],
-    images: Path,
+    media: Media,
     settings: EvaluateSettings,
 ) -> list[Outcome]:
-    """Asks every question with its pictures below `images`, then with the pictures blanked out."""
+    """Asks every question with its pictures, then with the pictures blanked out."""
     texts = [question.question for question in questions]
-    pictures = [[images / image.path for image in question.images] for question in questions]
+    pictures = [[(question.source, image.path) for image in question.images] for question in questions]
+
+    def open_picture(name: tuple[str, str]) -> Image.Image:
+        return media.open(*name)
+
     limits = {"batch": settings.batch, "max_new_tokens": settings.max_new_tokens}
     with reporter("questions", len(questions)) as report:
-        seen = scored_answers(model, processor, texts, pictures, **limits, progress=report.update)
+        told = {"open_picture": open_picture, "progress": report.update}
+        seen = scored_answers(model, processor, texts, pictures, **limits, **told)
 
     colour = processor.image_processor.mean_colour
     # Blanked out, many questions are the same one: equal words and equal picture sizes. Each is asked once.
@@ -68,7 +74,7 @@ def ask_all(
             [texts[i] for i in asked],
             [pictures[i] for i in asked],
             **limits,
-            open_picture=lambda path: blank(open_image(path), colour),
+            open_picture=lambda name: blank(open_picture(name), colour),
             progress=report.update,
         )
     blanked: dict[int, Answer] = dict(zip(asked, said, strict=True))

@@ -18,7 +18,7 @@ from haplovl.records import read_items
 from haplovl.settings import load_params
 
 REPO = Path(__file__).resolve().parents[2]
-SCENES = {"kind": "scenes", "train_records": 40, "validation_records": 5, "test_records": 10}
+SCENES = {"name": "scenes", "format": "scenes", "train_records": 40, "validation_records": 5, "test_records": 10}
 
 
 def haplovl(cwd: Path, **run: object) -> subprocess.CompletedProcess[str]:
@@ -29,7 +29,7 @@ def haplovl(cwd: Path, **run: object) -> subprocess.CompletedProcess[str]:
 
 def make_project(folder: Path, source: dict) -> Path:
     params = yaml.safe_load((REPO / "params.yaml").read_text())
-    params["collect"]["source"] = source
+    params["collect"]["sources"] = [source]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     return folder
@@ -41,7 +41,8 @@ def llava(folder: Path, **changes: object) -> dict:
     Image.new("RGB", (4, 4)).save(folder / "images/sub/a.png")
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A square."}]
     (folder / "data.json").write_text(json.dumps([{"id": "a", "image": "sub/a.png", "conversations": talk}]))
-    return {"kind": "llava", "annotations": [str(folder / "data.json")], "images": str(folder / "images"), **changes}
+    places = {"annotations": [str(folder / "data.json")], "images": str(folder / "images")}
+    return {"name": "own", "format": "llava", "license": "mine", **places, **changes}
 
 
 def assert_stopped(done: subprocess.CompletedProcess[str], project: Path, *words: str) -> None:
@@ -68,23 +69,24 @@ def test_scenes_twice_give_identical_bytes(tmp_path: Path) -> None:
 def test_scenes_by_the_command(tmp_path: Path) -> None:
     done = haplovl(make_project(tmp_path, SCENES))
     assert done.returncode == 0, done.stderr
-    records = [item.data for item in read_items(tmp_path / "data/raw/annotations/scenes.jsonl")]
-    images = {str(p.relative_to(tmp_path / "data/raw/images")) for p in (tmp_path / "data/raw/images").rglob("*.png")}
+    records = [item.data for item in read_items(tmp_path / "data/raw/scenes/annotations/scenes.jsonl")]
+    media = tmp_path / "data/raw/scenes/media"
+    images = {str(p.relative_to(media)) for p in media.rglob("*.png")}
     named = [
         image for r in records for image in ([r["image"]] if isinstance(r.get("image"), str) else r.get("image", []))
     ]
     assert len(records) == 55
     assert sorted(named) == sorted(images)
-    assert done.stdout == f"collected 55 records and {len(images)} images into data/raw\n"
+    assert done.stdout == f"scenes: 55 records, {len(images)} images\ncollected 1 source into data/raw\n"
 
 
 def test_llava_annotations_of_one_name_stay_apart(tmp_path: Path) -> None:
     first, second = llava(tmp_path / "a"), llava(tmp_path / "b")
     source = {**first, "annotations": first["annotations"] + second["annotations"]}
     collect(load_params(make_project(tmp_path, source) / "params.yaml"), tmp_path / "raw")
-    assert sorted(p.name for p in (tmp_path / "raw/annotations").iterdir()) == ["data-2.json", "data.json"]
-    assert (tmp_path / "raw/images/sub/a.png").read_bytes() == (tmp_path / "a/images/sub/a.png").read_bytes()
-    assert (tmp_path / "raw/skipped.jsonl").read_text() == ""
+    assert sorted(p.name for p in (tmp_path / "raw/own/annotations").iterdir()) == ["data-2.json", "data.json"]
+    assert (tmp_path / "raw/own/media/sub/a.png").read_bytes() == (tmp_path / "a/images/sub/a.png").read_bytes()
+    assert (tmp_path / "raw/own/skipped.jsonl").read_text() == ""
 
 
 def test_missing_annotations(tmp_path: Path) -> None:
@@ -126,7 +128,7 @@ def _drop_file_rights() -> None:
 
 def test_a_wrong_parameter(tmp_path: Path) -> None:
     project = make_project(tmp_path, {**SCENES, "train_recods": 5})
-    assert_stopped(haplovl(project), project, "'collect.source.train_recods'", "did you mean 'train_records'?")
+    assert_stopped(haplovl(project), project, "'collect.sources.0.train_recods'", "did you mean 'train_records'?")
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from haplovl.data.loader import IGNORE, PackedLoader, PreparedRecords
+from haplovl.data.media import Media
 from haplovl.data.prepare import prepare, read_manifest
 from haplovl.data.validate import inspect_images
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
@@ -28,19 +29,19 @@ def project(tmp_path, monkeypatch, processor, request):
     """A project folder with validated records and a processor, before `prepare`."""
     params = load_params(request.config.rootpath / "params.yaml")
     monkeypatch.chdir(tmp_path)
-    (RAW / "images").mkdir(parents=True)
+    (RAW / "a/media").mkdir(parents=True)
     VALIDATED.mkdir(parents=True)
     rows = []
     for n in range(60):
         names = tuple(f"{n}-{i}.png" for i in range(n % 3))
         for i, name in enumerate(names):
-            Image.new("RGB", (32, 32), (n * 4, 100 * i, 50)).save(RAW / "images" / name)
+            Image.new("RGB", (32, 32), (n * 4, 100 * i, 50)).save(RAW / "a/media" / name)
         turns = (
             Turn("<image>" * len(names) + "Where is the 3?", "top left"),
             Turn("Is there a 7?", "yes" * (n % 2 + 1)),
         )
         record = Record(f"r{n}", names, turns, split="train" if n < 50 else "test")
-        rows.append(ValidatedRecord(record, tuple(ImageFile(name, "0", 32, 32) for name in names), "a.jsonl"))
+        rows.append(ValidatedRecord(record, tuple(ImageFile(f"file:{name}", "0", 32, 32) for name in names), "a"))
     write_validated(VALIDATED, rows)
     processor.save_pretrained(TEACHERS / "processor")
     return params
@@ -281,7 +282,7 @@ def mixed_sizes(tmp_path, monkeypatch, tokenizer, request):
     """A project whose records have up to two pictures of other sizes, some of them JPEGs that lie on their side."""
     params = load_params(request.config.rootpath / "params.yaml")
     monkeypatch.chdir(tmp_path)
-    (RAW / "images").mkdir(parents=True)
+    (RAW / "a/media").mkdir(parents=True)
     VALIDATED.mkdir(parents=True)
     records = []
     for n in range(24):
@@ -290,11 +291,13 @@ def mixed_sizes(tmp_path, monkeypatch, tokenizer, request):
             height, width = SHAPES[(n + 3 * i) % len(SHAPES)]
             exif = Image.Exif()
             exif[0x0112] = 6 if n % 2 else 1
-            Image.effect_noise((width, height), 80).convert("RGB").save(RAW / "images" / name, exif=exif)
+            Image.effect_noise((width, height), 80).convert("RGB").save(RAW / "a/media" / name, exif=exif)
         turn = Turn("<image>" * len(names) + "Where is the 3?", "top left")
         records.append(Record(f"r{n}", names, (turn,), split="train" if n < 20 else "test"))
-    seen = inspect_images(RAW, [name for record in records for name in record.images], 10_000)
-    rows = [ValidatedRecord(record, tuple(seen[name] for name in record.images), "a.jsonl") for record in records]
+    seen = inspect_images(RAW, [("a", f"file:{name}") for record in records for name in record.images], 10_000)
+    rows = [
+        ValidatedRecord(record, tuple(seen["a", f"file:{name}"] for name in record.images), "a") for record in records
+    ]
     write_validated(VALIDATED, rows)
     processor = HaploProcessor(HaploImageProcessor(32, 8, max_tiles=4), tokenizer)
     processor.save_pretrained(TEACHERS / "processor")
@@ -316,7 +319,7 @@ def test_lengths_are_those_of_the_tokens_whatever_a_pictures_size(mixed_sizes):
         if row.images:
             assert sample.pixel_values.shape == (sum(grid.tiles for grid in sample.image_grids), 3, 32, 32)
             # As the processor sees the same files when the model answers.
-            files = [RAW / "images" / image.path for image in row.images]
+            files = [Media().path(row.source, image.path) for image in row.images]
             batch = processor(text="<image>" * len(files), images=files, return_tensors="pt")
             assert [grid.to_list() for grid in sample.image_grids] == batch["image_grids"].tolist()
             pixels = [part[: grid.tiles] for part, grid in zip(batch["pixel_values"], sample.image_grids, strict=True)]

@@ -16,7 +16,7 @@ REPO = Path(__file__).resolve().parents[2]
 def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     """The test split of the repo's params.yaml, with little of the other splits."""
     params = load_params(REPO / "params.yaml")
-    source = params.collect.source.model_copy(update={"train_records": 50, "validation_records": 10})
+    source = params.collect.sources[0].model_copy(update={"train_records": 50, "validation_records": 10})
     return list(generate(source, params.seed, tmp_path_factory.mktemp("scenes")))
 
 

@@ -14,12 +14,13 @@ import pytest
 import yaml
 from PIL import Image
 
+from haplovl.data.media import Media
 from haplovl.data.suite import CHECKS
 from haplovl.data.validate import split_of
 from haplovl.data.validated import ImageFile, ValidatedRecord, read_validated, write_validated
+from haplovl.data_settings import SplitShares
 from haplovl.pictures import ImageError, decode_bytes, open_image, resolve_inside
 from haplovl.records import Record, Turn
-from haplovl.settings import SplitShares
 
 REPO = Path(__file__).resolve().parents[2]
 GOOD = 20
@@ -34,7 +35,7 @@ def haplovl(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[
 def make_project(folder: Path, source: dict, **validate: float) -> Path:
     """A project folder whose params.yaml is the repo's with another source."""
     params = yaml.safe_load((REPO / "params.yaml").read_text())
-    params["collect"]["source"] = source
+    params["collect"]["sources"] = [source]
     params["validate"].update(validate)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
@@ -128,19 +129,19 @@ def bad_entries() -> list[dict]:
 REASONS = {
     "cut-off": "entry: not valid JSON from here to the end of the file",
     "broken-line": "entry: not valid JSON",
-    "missing-image": "image: nowhere.png: the image is missing",
-    "truncated-image": "image: truncated.jpg: the image is truncated or damaged",
-    "empty-image": "image: empty.png: the file has 0 bytes",
-    "not-an-image": "image: text.png: not an image in a known format",
-    "huge-image": "image: huge.png: 2500000000 pixels, more than the limit of 50000000",
-    "folder-image": "image: folder.png: the path is not a file",
-    "parent-path": "image: ../outside.png: the path leaves the image folder",
-    "absolute-path": f"image: {REPO / 'README.md'}: the path leaves the image folder",
-    "link-out": "image: link.png: the path leaves the image folder through a symbolic link",
-    "long-name": "image: xxx",
-    "nul-name": "image: a\0b.png: the path holds a NUL character",
-    "markup-name": "image: <script>alert(1)</script>$x.png: the image is missing",
-    "<script>alert(2)</script>": "image: nowhere.png: the image is missing",
+    "missing-image": "image: file:nowhere.png: the image is missing",
+    "truncated-image": "image: file:truncated.jpg: the image is truncated or damaged",
+    "empty-image": "image: file:empty.png: the file has 0 bytes",
+    "not-an-image": "image: file:text.png: not an image in a known format",
+    "huge-image": "image: file:huge.png: 2500000000 pixels, more than the limit of 50000000",
+    "folder-image": "image: file:folder.png: the path is not a file",
+    "parent-path": "image: file:../outside.png: the path leaves the image folder",
+    "absolute-path": f"image: file:{REPO / 'README.md'}: the path leaves the image folder",
+    "link-out": "image: file:link.png: the path leaves the image folder through a symbolic link",
+    "long-name": "image: file:xxx",
+    "nul-name": "image: file:a\0b.png: the path holds a NUL character",
+    "markup-name": "image: file:<script>alert(1)</script>$x.png: the image is missing",
+    "<script>alert(2)</script>": "image: file:nowhere.png: the image is missing",
     "too-few-placeholders": "placeholders: 0 image placeholders for 1 images",
     "too-many-placeholders": "placeholders: 2 image placeholders for 1 images",
     "placeholder-in-answer": "stray_placeholder: 1 image placeholders outside the questions",
@@ -153,7 +154,7 @@ REASONS = {
     "odd-role": "entry: message 0 has the unknown role 'robot'",
     "lone-surrogate": "entry: the text holds damaged characters",
     "long": "placeholders: 0 image placeholders for 1 images",
-    "leak": "split: shared-b.png in train is also in test",
+    "leak": "split: file:shared-b.png in train is also in test",
     None: "entry: ",
 }
 
@@ -163,8 +164,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bad source, collected and validated twice, in two folders, with different hash seeds and time zones."""
     root = tmp_path_factory.mktemp("bad")
     write_source(root / "source")
-    source = {"kind": "llava", "images": "../source/images"}
-    source["annotations"] = ["../source/more.jsonl", "../source/list.json"]
+    source = {"name": "bad", "format": "llava", "license": "mine", "images": "../source/images"}
+    source["annotations"] = ["../source/list.json", "../source/more.jsonl"]
     for name, seed, zone in (("first", "1", "UTC"), ("second-run", "2", "Asia/Tokyo")):
         folder = make_project(root / name, source, max_quarantined_share=0.6)
         for command in ("collect", "validate"):
@@ -189,7 +190,7 @@ def test_every_bad_record_is_quarantined_with_file_id_and_reason(project: Path) 
     by_id = {row["id"]: row for row in found}
     assert by_id["cut-off"]["position"] == GOOD + 1
     assert by_id["empty-image"]["position"] == 3
-    assert by_id["empty-image"]["data"] == entry("empty-image", "empty.png")
+    assert by_id["empty-image"]["data"] == entry("empty-image", "file:empty.png")
 
 
 def test_the_rest_goes_on(project: Path) -> None:
@@ -197,7 +198,7 @@ def test_the_rest_goes_on(project: Path) -> None:
     assert {row.record.id for row in rows} == {*(f"good{i}" for i in range(GOOD)), "text-only", "held-out"}
     for row in rows:
         for image in row.images:
-            assert open_image(project / "data/raw/images" / image.path).size == (image.width, image.height)
+            assert Media(project / "data/raw").open(row.source, image.path).size == (image.width, image.height)
     assert [
         row.record.id for row in read_validated(project / "data/validated", "test") if row.record.split != "test"
     ] == []
@@ -216,13 +217,13 @@ def test_metrics_count_what_happened(project: Path) -> None:
 
 def test_collect_copies_bytes_and_lists_what_it_skipped(project: Path) -> None:
     raw, source = project / "data/raw", project.parent / "source"
-    assert (raw / "annotations/list.json").read_bytes() == (source / "list.json").read_bytes()
-    assert (raw / "images/good0.png").read_bytes() == (source / "images/good0.png").read_bytes()
+    assert (raw / "bad/annotations/list.json").read_bytes() == (source / "list.json").read_bytes()
+    assert (raw / "bad/media/good0.png").read_bytes() == (source / "images/good0.png").read_bytes()
     assert not any(path.is_symlink() for path in raw.rglob("*"))
-    assert (raw / "images/good0.png").stat().st_nlink == 1
-    skipped = [json.loads(line)["image"] for line in (raw / "skipped.jsonl").read_text().splitlines()]
-    assert skipped == sorted(skipped)
-    assert {"nowhere.png", "link.png", "../outside.png"} <= set(skipped)
+    assert (raw / "bad/media/good0.png").stat().st_nlink == 1
+    skipped = [json.loads(line)["ref"] for line in (raw / "bad/skipped.jsonl").read_text().splitlines()]
+    assert len(skipped) == len(set(skipped))
+    assert {"file:nowhere.png", "file:link.png", "file:../outside.png"} <= set(skipped)
 
 
 def test_two_runs_give_the_same_bytes(project: Path) -> None:
@@ -249,7 +250,7 @@ def test_data_docs_show_the_faults_and_no_run(project: Path) -> None:
 
 def test_too_much_quarantine_stops_and_leaves_nothing_to_trust(project: Path, tmp_path: Path) -> None:
     shutil.copytree(project, tmp_path / "strict")
-    make_project(tmp_path / "strict", yaml.safe_load((project / "params.yaml").read_text())["collect"]["source"])
+    make_project(tmp_path / "strict", yaml.safe_load((project / "params.yaml").read_text())["collect"]["sources"][0])
     done = haplovl("validate", tmp_path / "strict")
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
@@ -262,9 +263,12 @@ def test_too_much_quarantine_stops_and_leaves_nothing_to_trust(project: Path, tm
 
 
 def test_validate_without_collect_names_the_command(tmp_path: Path) -> None:
-    done = haplovl("validate", make_project(tmp_path, {"kind": "llava", "annotations": ["a.json"], "images": "i"}))
+    done = haplovl(
+        "validate",
+        make_project(tmp_path, {"name": "a", "format": "llava", "license": "mine", "annotations": ["a.json"]}),
+    )
     assert done.returncode == 1
-    assert done.stderr == "error: data/raw/annotations is missing; run 'haplovl collect' or 'dvc repro' first\n"
+    assert done.stderr == "error: data/raw/sources.json is missing; run 'haplovl collect' or 'dvc repro' first\n"
 
 
 # --- the parts -----------------------------------------------------------------------------------------------------

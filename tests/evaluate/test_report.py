@@ -28,9 +28,9 @@ def make_outcomes(per_kind: int) -> list[Outcome]:
     outcomes = []
     for kind, answers in KINDS.items():
         for i in range(per_kind):
-            pictures = tuple(ImageFile(f"{name}.png", "00", 32, 32) for name in ("small", "large")[: 1 + i % 2])
+            pictures = tuple(ImageFile(f"file:{name}.png", "00", 32, 32) for name in ("small", "large")[: 1 + i % 2])
             question = Question(
-                f"{kind}-{i}#1", f"{kind}-{i}", kind, pictures, f"{kind} {i}?", answers[i % len(answers)]
+                f"{kind}-{i}#1", f"{kind}-{i}", kind, pictures, f"{kind} {i}?", answers[i % len(answers)], "own"
             )
             wrong = i % 3 == 0
             outcomes.append(Outcome(question, HOSTILE if wrong else question.answer, answers[0], -0.1 * i))
@@ -40,7 +40,7 @@ def make_outcomes(per_kind: int) -> list[Outcome]:
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A folder with what a finished pipeline leaves for the report."""
-    images = tmp_path / "data/raw/images"
+    images = tmp_path / "data/raw/own/media"
     images.mkdir(parents=True)
     Image.new("RGB", (32, 32), (200, 30, 30)).save(images / "small.png")
     Image.new("RGB", (900, 600), (30, 30, 200)).save(images / "large.png")

@@ -34,14 +34,14 @@ def scene_rows(images: Path, records: int) -> list[ValidatedRecord]:
         maker.draw(scene).save(images / path)
         first, *rest = maker.picture_turns(scene, 4)
         turns = (Turn(f"{IMAGE_PLACEHOLDER}\n{first.question}", first.answer, first.kind), *rest)
-        record = Record(f"test-{number}", (path,), turns, "test")
-        rows.append(ValidatedRecord(record, (ImageFile(path, sha256_of(images / path), 32, 32),), "scenes.jsonl"))
+        record = Record(f"test-{number}", (f"file:{path}",), turns, "test")
+        rows.append(ValidatedRecord(record, (ImageFile(f"file:{path}", sha256_of(images / path), 32, 32),), "scenes"))
     return rows
 
 
 @pytest.fixture
 def project(tmp_path: Path, tiny_model_dir: Path) -> Path:
-    images = tmp_path / "data/raw/images"
+    images = tmp_path / "data/raw/scenes/media"
     (images / "test").mkdir(parents=True)
     (tmp_path / "data/validated").mkdir()
     write_validated(tmp_path / "data/validated", scene_rows(images, 12))
@@ -79,7 +79,7 @@ def test_the_blanked_answers_do_not_depend_on_the_pictures(project: Path, params
     evaluate(params, project)
     before = predictions(project)
     random = Random(0)
-    for path in (project / "data/raw/images/test").iterdir():
+    for path in (project / "data/raw/scenes/media/test").iterdir():
         Image.effect_noise((32, 32), random.uniform(20, 120)).convert("RGB").save(path)
     evaluate(params, project)
     after = predictions(project)

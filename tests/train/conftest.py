@@ -133,17 +133,17 @@ def make_project():
 
 def write_records(folder):
     """Ninety records with pictures of one colour, some of them text alone, ten of them for validation."""
-    os.makedirs(folder / RAW / "images")
+    os.makedirs(folder / RAW / "a/media")
     os.makedirs(folder / VALIDATED)
     rows = []
     for n in range(90):
         split = "validation" if n >= 80 else "train"
         if n % 5 == 4:
             record = Record(f"r{n}", (), (Turn("Is one and one two?", "yes"), Turn("Is it 7?", "no")), split=split)
-            rows.append(ValidatedRecord(record, (), "a.jsonl"))
+            rows.append(ValidatedRecord(record, (), "a"))
             continue
-        Image.new("RGB", (32, 32), (n * 2, 255 - n * 2, n)).save(folder / RAW / "images" / f"{n}.png")
+        Image.new("RGB", (32, 32), (n * 2, 255 - n * 2, n)).save(folder / RAW / "a/media" / f"{n}.png")
         turns = (Turn("<image>\nWhere is the 3?", "top left"), Turn("Is there a 7?", "yes" if n % 2 else "no"))
-        record = Record(f"r{n}", (f"{n}.png",), turns, split=split)
-        rows.append(ValidatedRecord(record, (ImageFile(f"{n}.png", "0", 32, 32),), "a.jsonl"))
+        record = Record(f"r{n}", (f"file:{n}.png",), turns, split=split)
+        rows.append(ValidatedRecord(record, (ImageFile(f"file:{n}.png", "0", 32, 32),), "a"))
     write_validated(folder / VALIDATED, rows)

@@ -45,16 +45,16 @@ def project(tmp_path_factory, vision, language, processor, tiny_model_dir, reque
     for name, processes, zero in (("one", 1, 0), ("two", 2, 1)):
         text = f"name: {name}\nthreads: 1\nprocesses: {processes}\nzero_stage: {zero}\nmicro_batch_rows: 2\n"
         (folder / f"infra/compute/{name}.yaml").write_text(text)
-    os.makedirs(folder / RAW / "images")
+    os.makedirs(folder / RAW / "a/media")
     os.makedirs(folder / VALIDATED)
     rows, noise = [], np.random.default_rng(0)
     answers = ["yes", "no", "top left", "two", "one", "four", "three", "7"]
     pictures = noise.integers(0, 255, (9, 32, 32, 3)).astype(np.uint8)
     for n in range(10):
-        Image.fromarray(pictures[min(n, 8)]).save(folder / RAW / "images" / f"{n}.png")
+        Image.fromarray(pictures[min(n, 8)]).save(folder / RAW / "a/media" / f"{n}.png")
         turns = (Turn("<image>\nWhich digit is red?", answers[n % len(answers)]),)
-        record = Record(f"r{n}", (f"{n}.png",), turns, split="train")
-        rows.append(ValidatedRecord(record, (ImageFile(f"{n}.png", "0", 32, 32),), "a.jsonl"))
+        record = Record(f"r{n}", (f"file:{n}.png",), turns, split="train")
+        rows.append(ValidatedRecord(record, (ImageFile(f"file:{n}.png", "0", 32, 32),), "a"))
     write_validated(folder / VALIDATED, rows)
     vision.save_pretrained(folder / "models/teachers/vision")
     language.save_pretrained(folder / "models/teachers/language")

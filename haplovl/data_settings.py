@@ -1,0 +1,110 @@
+"""Settings of the data rooms: where data comes from, how it is judged, how it is prepared."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from haplovl.strict import Strict
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Split = Literal["train", "validation", "test"]
+
+
+class SplitShares(Strict):
+    """Shares of records held out when a source names no split; decided by image content."""
+
+    validation: Share = 0.01
+    test: Share = 0.02
+
+    @model_validator(mode="after")
+    def _leave_training_data(self) -> "SplitShares":
+        if self.validation + self.test >= 1.0:
+            raise ValueError("validation and test leave nothing to train on")
+        return self
+
+
+# --- collect -------------------------------------------------------------------------------------------------------
+class SourceSettings(Strict):
+    """What every source has in common."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
+    """Folder of the source below data/raw, and its name in every table."""
+    license: Annotated[str, Field(min_length=1)]
+    """Terms that the data comes under, for people."""
+    split: Split | SplitShares | None = None
+    """One split for all records, or shares for those that name none; `validate.splits` by default."""
+    sample: PositiveInt | None = None
+    """Most records taken: those with the smallest hash of their id, so that a larger sample holds the smaller one."""
+    weight: PositiveFloat = 1.0
+    """Factor on the stages' mixture weights for this source's records."""
+    near_duplicates: Annotated[int, Field(ge=0, le=64)] | None = None
+    """Largest distance of two perceptual hashes, in bits, that counts as one picture; not looked for by default."""
+
+
+class ScenesSource(SourceSettings):
+    """The embedded data set: scenes of real handwritten digits from scikit-learn."""
+
+    format: Literal["scenes"]
+    license: str = "CC BY 4.0 (UCI Optical Recognition of Handwritten Digits, by way of scikit-learn)"
+    image_size: PositiveInt = 32
+    """Side of the square canvas in pixels; it holds 2x2 cells."""
+    train_records: PositiveInt
+    validation_records: PositiveInt
+    test_records: PositiveInt
+    questions_per_record: PositiveInt = 6
+    """Most questions about one picture; scenes with few digits give fewer."""
+    text_only_share: Share = 0.1
+    two_image_share: Share = 0.15
+    caption_share: Share = 0.4
+    """Share of the training records that hold a caption alone, half of them of one digit. The other shares are of the
+    rest."""
+
+
+class LlavaSource(SourceSettings):
+    """LLaVA-style JSON or JSONL annotations and the images that they name."""
+
+    format: Literal["llava"]
+    annotations: list[str] = Field(min_length=1)
+    """Annotation files (.json or .jsonl)."""
+    images: str | dict[str, str] | None = None
+    """Folder, .tar or .zip that the records' image paths are relative to; or several, by the first part of the path."""
+
+
+Source = Annotated[ScenesSource | LlavaSource, Field(discriminator="format")]
+
+
+class CollectSettings(Strict):
+    sources: list[Source] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "CollectSettings":
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources have the name '{twice[0]}'")
+        return self
+
+
+# --- validate ------------------------------------------------------------------------------------------------------
+class ValidateSettings(Strict):
+    max_quarantined_share: Share = 0.02
+    """The stage fails when more than this share of the records is bad."""
+    max_image_pixels: PositiveInt = 50_000_000
+    """Larger images are refused from their header, before decoding."""
+    splits: SplitShares = SplitShares()
+
+
+# --- prepare -------------------------------------------------------------------------------------------------------
+class PrepareSettings(Strict):
+    chat_template: Literal["plain", "vicuna", "llama-3", "chatml", "mistral"]
+    max_tokens: PositiveInt
+    """Longest record in tokens, image tokens included. No answer is ever cut."""
+    too_long: Literal["quarantine", "drop_last_turns"] = "quarantine"
+    """What happens to a longer record: it is refused, or whole turns are left out from its end until it fits."""
+    max_image_side: PositiveInt | None = None
+    """Pictures with a longer side are scaled down to this many pixels and stored as JPEG; by default all are copied as
+    they are."""
+    records_per_shard: PositiveInt = 2048
+    """Most records in a shard. Where shards end is decided by the records, so that new ones change few shards."""
