@@ -26,18 +26,23 @@ def draw_documents(
     allowed: Sequence[int] | None = None,
     images: Sequence[int] | None = None,
     row_images: int | None = None,
+    sources: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """One epoch's documents in training order, each a list of record indices.
 
-    A kind of weight w occurs w times per epoch (the fraction by lot). A share of the documents, `interleaved`, joins
-    up to three records that together fit a row: sequences that interleave several images and texts. `allowed` limits
-    the epoch to some records; `images` are the pictures of every record, which `row_images` bounds in a row.
+    A record occurs as often per epoch as its kind's weight times its source's says (the fraction by lot). A share of
+    the documents, `interleaved`, joins up to three records that together fit a row: sequences that interleave several
+    images and texts. `allowed` limits the epoch to some records; `images` are the pictures of every record, which
+    `row_images` bounds in a row; `sources` are the records' sources.
     """
     random = Random(f"documents-{seed}-{epoch}")
     weights = {"instruction": mixture.instruction, "caption": mixture.caption, "text": mixture.text}
+    factors = mixture.sources if sources is not None else {}
     chosen = []
     for index in range(len(kinds)) if allowed is None else allowed:
         weight = weights[kinds[index]]
+        if factors:
+            weight *= factors.get(sources[index], 1.0)
         chosen += [index] * (int(weight) + int(random.random() < weight - int(weight)))
     random.shuffle(chosen)
     documents, position = [], 0

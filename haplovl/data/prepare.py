@@ -15,6 +15,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.feather as feather
+
 from haplovl.data import conversation, shards
 from haplovl.data.cache import CACHE, take, trim
 from haplovl.data.shards import ShardMaker
@@ -128,9 +131,9 @@ def _recipe(processor: Path, settings: PrepareSettings) -> str:
     )
 
 
-def _kept(key: str) -> tuple[Path, Path]:
-    """Where a block's shard and its facts are kept; the facts are written last."""
-    return KEPT / key[:2] / f"{key}.parquet", KEPT / key[:2] / f"{key}.json"
+def _kept(key: str) -> tuple[Path, Path, Path]:
+    """Where a block's shard, its index and its facts are kept; the facts are written last."""
+    return tuple(KEPT / key[:2] / f"{key}.{kind}" for kind in ("parquet", "arrow", "json"))
 
 
 class _Made:
@@ -144,14 +147,17 @@ class _Made:
         """Notes the order of the blocks and yields those that no earlier run made, or whose file was damaged."""
         for block in blocks:
             self.order.append((block.split, block.key))
-            shard, facts = _kept(block.key)
-            if not facts.exists() or not _is_whole(shard, read_json(facts)):
-                facts.unlink(missing_ok=True)
+            if not _is_whole(block.key):
                 yield block
 
 
-def _is_whole(shard: Path, facts: dict[str, Any]) -> bool:
-    return not facts["records"] or (shard.exists() and sha256_of(shard) == facts["sha256"])
+def _is_whole(key: str) -> bool:
+    """Whether a block is kept, and its shard as it was written: it may be the file in data/prepared/, too."""
+    shard, index, facts = _kept(key)
+    if not facts.exists():
+        return False
+    found = read_json(facts)
+    return not found["records"] or (index.exists() and shard.exists() and sha256_of(shard) == found["sha256"])
 
 
 class _Worker:
@@ -167,16 +173,12 @@ class _Worker:
         if self._maker is None:
             self._maker = ShardMaker(HaploProcessor.from_pretrained(self._place), self._settings)
         (block,) = task
-        shard, facts = _kept(block.key)
+        shard, index, facts = _kept(block.key)
+        facts.unlink(missing_ok=True)
         shard.parent.mkdir(parents=True, exist_ok=True)
-        partial = shard.with_name(f"{shard.name}.{os.getpid()}")
-        try:
-            found = self._maker.write(block.items, partial)
-            if partial.exists():
-                partial.replace(shard)
-        finally:
-            partial.unlink(missing_ok=True)
-        write_json(facts, found)
+        # Never written into: the old file may be the one in data/prepared/, or in DVC's cache.
+        shard.unlink(missing_ok=True)
+        write_json(facts, self._maker.write(block.items, shard, index))
         return block.key
 
 
@@ -203,6 +205,7 @@ def _assemble(folder: Path, made: _Made, params: Params) -> dict[str, Any]:
     """Links the kept shards into `folder`, writes what was refused, and returns the manifest."""
     listed: list[dict[str, Any]] = []
     refused: Counter[str] = Counter()
+    indexes: dict[str, list[pa.Table]] = {split: [] for split in SPLITS}
     shortened = 0
 
     def refusals() -> Iterator[dict[str, Any]]:
@@ -210,7 +213,7 @@ def _assemble(folder: Path, made: _Made, params: Params) -> dict[str, Any]:
         for split in SPLITS:
             number = 0
             for key in (key for own, key in made.order if own == split):
-                shard, facts = _kept(key)
+                shard, index, facts = _kept(key)
                 found = read_json(facts)
                 rows, shortened = found.pop("refused"), shortened + found.pop("shortened")
                 refused.update(row["reason"] for row in rows)
@@ -219,7 +222,9 @@ def _assemble(folder: Path, made: _Made, params: Params) -> dict[str, Any]:
                     name = f"{split}-{number:05d}.parquet"
                     take(shard, folder / name)
                     listed.append({"file": name, "split": split, **found})
+                    indexes[split].append(feather.read_table(index))
                     number += 1
+                    os.utime(index)
                 os.utime(facts)
 
     write_jsonl(folder / "quarantine.jsonl", refusals())
@@ -227,6 +232,9 @@ def _assemble(folder: Path, made: _Made, params: Params) -> dict[str, Any]:
         why = refused.most_common(1)
         reason = f"; most were refused because: {why[0][0]}" if why else ""
         raise UserError(f"no training record is left after preparation{reason}")
+    for split, tables in indexes.items():
+        if tables:
+            feather.write_feather(pa.concat_tables(tables), folder / index_name(split), compression="zstd")
     return {
         "chat_template": params.prepare.chat_template,
         "tokenizer_sha256": sha256_of(TEACHERS / "processor" / "tokenizer.json"),
@@ -236,6 +244,11 @@ def _assemble(folder: Path, made: _Made, params: Params) -> dict[str, Any]:
         "shortened": shortened,
         "shards": listed,
     }
+
+
+def index_name(split: str) -> str:
+    """File of the prepared data that holds the index of a split: `shards.INDEX` of all its records, in order."""
+    return f"index-{split}.arrow"
 
 
 def _totals(listed: Iterable[dict[str, Any]]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -38,8 +39,14 @@ SCHEMA = pa.schema(
 """One row per record: ids with one placeholder per image, spans as start, stop, start, stop …, pictures as encoded
 files, their width and height, and the record's tokens (placeholders counted once) and supervised tokens."""
 
-ROW_GROUP = 16
-"""Records of a shard that are read together: training reads them one by one, in random order."""
+INDEX = pa.schema(
+    [("kind", pa.string()), ("source", pa.string()), ("tokens", pa.int32()), ("sizes", pa.list_(pa.int32()))]
+)
+"""What packing must know of every record, apart from the shards: reading it there would touch every row group."""
+
+GROUP_RECORDS, GROUP_BYTES = 16, 1 << 18
+"""Most records of a shard that are read together, and about how many bytes: training reads them one by one, in random
+order."""
 ENCODED_TOGETHER = 256
 """Records whose texts go to the tokenizer in one call."""
 JPEG_QUALITY = 92
@@ -64,8 +71,8 @@ class ShardMaker:
         self._encoder = Encoder(TEMPLATES[settings.chat_template], processor.tokenizer)
         self._media = Media(raw)
 
-    def write(self, items: Sequence[ValidatedRecord], path: Path) -> dict[str, Any]:
-        """Writes the shard, unless no record is left for it; returns its facts, refused records among them.
+    def write(self, items: Sequence[ValidatedRecord], path: Path, index: Path) -> dict[str, Any]:
+        """Writes the shard and its index, unless no record is left; returns its facts, refused records among them.
 
         Raises:
             UserError: a picture is no longer what it was when it was validated.
@@ -82,17 +89,9 @@ class ShardMaker:
             "refused": refused,
         }
         if rows:
-            columns = {name: [row[name] for row in rows] for name in SCHEMA.names}
-            # Image files are compressed already; and whole pictures make no dictionary.
-            packing: dict[str, Any] = dict.fromkeys(_leaves(), "zstd") | {_PICTURES: "none"}
-            pq.write_table(
-                pa.table(columns, schema=SCHEMA),
-                path,
-                compression=packing,
-                row_group_size=ROW_GROUP,
-                use_dictionary=["kind", "source"],
-                write_statistics=False,
-            )
+            _write(rows, path)
+            columns = {name: [row[name] for row in rows] for name in INDEX.names}
+            feather.write_feather(pa.table(columns, schema=INDEX), index, compression="zstd")
             facts["sha256"] = sha256_of(path)
         return facts
 
@@ -175,6 +174,19 @@ def scaled_down(image: Image.Image, side: int) -> Picture:
     file = io.BytesIO()
     image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=JPEG_QUALITY)
     return Picture(file.getvalue(), *size)
+
+
+def _write(rows: list[dict[str, Any]], path: Path) -> None:
+    size = sum(4 * len(row["input_ids"]) + sum(map(len, row["images"])) for row in rows) / len(rows)
+    pq.write_table(
+        pa.table({name: [row[name] for row in rows] for name in SCHEMA.names}, schema=SCHEMA),
+        path,
+        # Picture files are compressed already, and make no dictionary.
+        compression=dict.fromkeys(_leaves(), "zstd") | {_PICTURES: "none"},
+        use_dictionary=["kind", "source"],
+        row_group_size=max(1, min(GROUP_RECORDS, int(GROUP_BYTES / size))),
+        write_statistics=False,
+    )
 
 
 def _leaves() -> list[str]:
