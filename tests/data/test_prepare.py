@@ -177,9 +177,8 @@ def test_a_picture_that_changed_since_validation_stops_preparation(params, capsy
 
 # --- lengths ---------------------------------------------------------------------------------------------------------
 def test_a_long_record_loses_whole_turns_with_their_pictures_if_that_is_the_rule(params, capsys, processor):
-    long = picture(1, turns=4)
-    rows = [text(0), long]
-    run(params, rows, capsys)
+    rows = [text(0), picture(1, turns=4)]
+    run(change(params, max_tokens=400), rows, capsys)
     lengths = PreparedRecords("train", processor).lengths
     whole = everything()[1]
     limited = change(params, max_tokens=lengths[1] - 1)
