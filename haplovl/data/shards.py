@@ -5,6 +5,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ GROUP_RECORDS, GROUP_BYTES = 16, 1 << 18
 order."""
 ENCODED_TOGETHER = 256
 """Records whose texts go to the tokenizer in one call."""
+WRITTEN_TOGETHER = 64
+"""Records whose pictures are in memory at once."""
 JPEG_QUALITY = 92
 TOO_LONG = "longer than prepare.max_tokens"
 _PICTURES = "images.list.element"
@@ -78,22 +81,28 @@ class ShardMaker:
             UserError: a picture is no longer what it was when it was validated.
         """
         refused: list[dict[str, Any]] = []
-        rows = list(self._rows(items, refused))
-        facts: dict[str, Any] = {
-            "records": len(rows),
-            "tokens": sum(row["tokens"] for row in rows),
-            "supervised": sum(row["supervised"] for row in rows),
-            "images": sum(len(row["images"]) for row in rows),
-            "sources": dict(sorted(Counter(row["source"] for row in rows).items())),
-            "shortened": sum(row.pop("shortened") for row in rows),
-            "refused": refused,
-        }
-        if rows:
-            _write(rows, path)
-            columns = {name: [row[name] for row in rows] for name in INDEX.names}
-            feather.write_feather(pa.table(columns, schema=INDEX), index, compression="zstd")
-            facts["sha256"] = sha256_of(path)
-        return facts
+        sources: Counter[str] = Counter()
+        facts = {"records": 0, "tokens": 0, "supervised": 0, "images": 0, "shortened": 0}
+        known: list[dict[str, Any]] = []
+        writer = None
+        rows = self._rows(items, refused)
+        try:
+            while part := list(islice(rows, WRITTEN_TOGETHER)):
+                facts["records"] += len(part)
+                facts["images"] += sum(len(row["images"]) for row in part)
+                for name in ("tokens", "supervised", "shortened"):
+                    facts[name] += sum(row[name] for row in part)
+                sources.update(row["source"] for row in part)
+                known += [{name: row[name] for name in INDEX.names} for row in part]
+                writer = writer or _open(path)
+                _write(part, writer)
+        finally:
+            if writer:
+                writer.close()
+        if known:
+            feather.write_feather(pa.Table.from_pylist(known, schema=INDEX), index, compression="zstd")
+        found = {**facts, "sources": dict(sorted(sources.items())), "refused": refused}
+        return {**found, "sha256": sha256_of(path)} if known else found
 
     def _rows(self, items: Sequence[ValidatedRecord], refused: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for start in range(0, len(items), ENCODED_TOGETHER):
@@ -176,17 +185,21 @@ def scaled_down(image: Image.Image, side: int) -> Picture:
     return Picture(file.getvalue(), *size)
 
 
-def _write(rows: list[dict[str, Any]], path: Path) -> None:
-    size = sum(4 * len(row["input_ids"]) + sum(map(len, row["images"])) for row in rows) / len(rows)
-    pq.write_table(
-        pa.table({name: [row[name] for row in rows] for name in SCHEMA.names}, schema=SCHEMA),
+def _open(path: Path) -> pq.ParquetWriter:
+    return pq.ParquetWriter(
         path,
+        SCHEMA,
         # Picture files are compressed already, and make no dictionary.
         compression=dict.fromkeys(_leaves(), "zstd") | {_PICTURES: "none"},
         use_dictionary=["kind", "source"],
-        row_group_size=max(1, min(GROUP_RECORDS, int(GROUP_BYTES / size))),
         write_statistics=False,
     )
+
+
+def _write(rows: list[dict[str, Any]], writer: pq.ParquetWriter) -> None:
+    size = sum(4 * len(row["input_ids"]) + sum(map(len, row["images"])) for row in rows) / len(rows)
+    columns = {name: [row[name] for row in rows] for name in SCHEMA.names}
+    writer.write_table(pa.table(columns, schema=SCHEMA), max(1, min(GROUP_RECORDS, int(GROUP_BYTES / size))))
 
 
 def _leaves() -> list[str]:

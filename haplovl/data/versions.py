@@ -99,11 +99,14 @@ def _fetch(version: str, path: Path, target: Path) -> None:
     """Brings a file of a version from DVC's cache or remote."""
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
+    from dvc.repo import Repo
     from scmrepo.exceptions import SCMError
 
     _commit(version)
     try:
-        DVCFileSystem(".", rev=version).get_file(path.as_posix(), str(target))
+        # With today's remotes: those of an old version may not exist yet, or no longer.
+        config = dict(Repo(".").config)
+        DVCFileSystem(".", rev=version, config=config).get_file(path.as_posix(), str(target))
     except FileNotFoundError:
         raise UserError(
             f"{path} of '{version}' cannot be found: that version has none, or it is neither in DVC's cache nor in the "
