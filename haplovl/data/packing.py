@@ -38,18 +38,25 @@ def draw_documents(
     random = Random(f"documents-{seed}-{epoch}")
     weights = {"instruction": mixture.instruction, "caption": mixture.caption, "text": mixture.text}
     factors = mixture.sources if sources is not None else {}
-    chosen = []
+    chosen, lot = [], random.random
     for index in range(len(kinds)) if allowed is None else allowed:
         weight = weights[kinds[index]]
         if factors:
             weight *= factors.get(sources[index], 1.0)
-        chosen += [index] * (int(weight) + int(random.random() < weight - int(weight)))
+        whole = int(weight)
+        times = whole + (lot() < weight - whole)
+        if times == 1:
+            chosen.append(index)
+        elif times:
+            chosen += [index] * times
     random.shuffle(chosen)
+    if not mixture.interleaved:
+        return [[index] for index in chosen]
     documents, position = [], 0
     while position < len(chosen):
         document = [chosen[position]]
         position += 1
-        if mixture.interleaved and random.random() < mixture.interleaved:
+        if random.random() < mixture.interleaved:
             while position < len(chosen) and len(document) < RECORDS_PER_INTERLEAVED:
                 joined = [*document, chosen[position]]
                 if sum(lengths[index] for index in joined) > row_tokens:
