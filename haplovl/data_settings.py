@@ -62,17 +62,124 @@ class ScenesSource(SourceSettings):
     rest."""
 
 
-class LlavaSource(SourceSettings):
-    """LLaVA-style JSON or JSONL annotations and the images that they name."""
+class AnnotatedSource(SourceSettings):
+    """A source with annotation files of its own."""
 
-    format: Literal["llava"]
     annotations: list[str] = Field(min_length=1)
     """Annotation files (.json or .jsonl)."""
-    images: str | dict[str, str] | None = None
-    """Folder, .tar or .zip that the records' image paths are relative to; or several, by the first part of the path."""
 
 
-Source = Annotated[ScenesSource | LlavaSource, Field(discriminator="format")]
+Places = str | dict[str, str] | None
+"""Folder, .tar or .zip that image paths are relative to; or several, by the first parts of the path."""
+
+
+class LlavaSource(AnnotatedSource):
+    """LLaVA-style annotations and the images that they name; also ShareGPT4V, M4-Instruct and `messages`."""
+
+    format: Literal["llava"]
+    images: Places = None
+    captions: bool = False
+    """Records of one question and one answer are captions, as in LLaVA-558K: the stages' mixtures weigh them so."""
+
+
+class ShareGptSource(AnnotatedSource):
+    """Conversations without pictures."""
+
+    format: Literal["sharegpt"]
+
+
+class AlpacaSource(AnnotatedSource):
+    """Text of `instruction`, `input` and `output`; also Dolphin."""
+
+    format: Literal["alpaca"]
+    instruction: Literal["question", "system"] = "question"
+    """What `instruction` is: the question, to which `input` adds, or the system prompt before it (Dolphin)."""
+
+
+class InterleavedSource(AnnotatedSource):
+    """Documents of pictures and texts: MMC4, OBELICS."""
+
+    format: Literal["interleaved"]
+    images: Places = None
+
+
+class WebdatasetSource(SourceSettings):
+    """Tars of pictures with captions or conversations beside them."""
+
+    format: Literal["webdataset"]
+    files: list[str] = Field(min_length=1)
+    """Shards (.tar), or patterns of their names."""
+    prompt: str = ""
+    """What a caption answers; the picture alone by default."""
+
+
+Role = Literal["id", "image", "conversations", "texts", "question", "answer", "caption"]
+
+
+class TableSource(SourceSettings):
+    """Tables with pictures inside."""
+
+    columns: dict[Role, str] = {}
+    """Columns by what they are, where their names do not say it."""
+    prompt: str = ""
+    """What a caption answers; the picture alone by default."""
+
+    @model_validator(mode="after")
+    def _columns_can_be_named(self) -> "TableSource":
+        odd = [name for name in self.columns.values() if "!" in name or "." in name]
+        if odd:
+            raise ValueError(f"the column name '{odd[0]}' holds a '!' or '.'")
+        return self
+
+
+class ParquetSource(TableSource):
+    """Parquet files on this machine."""
+
+    format: Literal["parquet"]
+    files: list[str] = Field(min_length=1)
+    """Files (.parquet), or patterns of their names."""
+
+
+class HubSource(TableSource):
+    """Parquet files of a data set on the Hugging Face Hub, or of a folder in its layout."""
+
+    format: Literal["hub"]
+    id: str | None = None
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    """Full commit hash: what is collected must not change."""
+    folder: str | None = None
+    files: list[str] = Field(default=["**/*.parquet"], min_length=1)
+    """Patterns of the files inside."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "HubSource":
+        if (self.id is None) == (self.folder is None) or (self.id is None) != (self.revision is None):
+            raise ValueError("give either 'id' and 'revision', or 'folder'")
+        return self
+
+
+class VideoSource(AnnotatedSource):
+    """Videos with LLaVA-style annotations."""
+
+    format: Literal["video"]
+    videos: str
+    """Folder that the records' `video` is relative to."""
+    frames: PositiveInt = 8
+    """Frames that stand for a video, evenly spread."""
+
+
+Source = Annotated[
+    ScenesSource
+    | LlavaSource
+    | ShareGptSource
+    | AlpacaSource
+    | InterleavedSource
+    | WebdatasetSource
+    | ParquetSource
+    | HubSource
+    | VideoSource,
+    Field(discriminator="format"),
+]
 
 
 class CollectSettings(Strict):

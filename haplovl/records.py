@@ -1,10 +1,11 @@
 """Record: one conversation with its images; readers and writers of LLaVA-style JSON and JSONL."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 IMAGE_PLACEHOLDER = "<image>"
 ROLES = ("human", "gpt")
@@ -153,12 +154,17 @@ class RawItem:
 
 RAW_LIMIT = 10_000
 """Characters of unreadable text that a RawItem keeps."""
+ENTRY_LIMIT = 1 << 26
+"""Longest entry, in bytes of a line or characters of a list's element (64 Mi): no file can fill the memory."""
+WINDOW = 1 << 20
+"""Characters that are read at a time."""
 
 
 def read_items(path: Path) -> Iterator[RawItem]:
     """Yields every entry of a .jsonl or .json annotation file, with an error where an entry cannot be read.
 
-    A damaged line of a JSONL file costs that line; a damaged or truncated JSON list costs what follows the damage.
+    Neither is ever held as a whole. A damaged line of a JSONL file costs that line. Damage in a JSON list costs what
+    lies before the next text that begins like the list's first record, or the rest of the file.
 
     Raises:
         OSError: the file itself cannot be opened.
@@ -169,48 +175,172 @@ def read_items(path: Path) -> Iterator[RawItem]:
 
 def _read_jsonl(path: Path) -> Iterator[RawItem]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        number = 0
+        while line := file.readline(ENTRY_LIMIT):
+            number += 1
+            size = len(line) + _rest_of_line(file, line)
             if not line.strip():
                 continue
             try:
-                yield RawItem(path.name, number, data=json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
+                if size > len(line):
+                    raise ValueError(f"the line has {size} bytes, more than the limit of {ENTRY_LIMIT}")
+                data = _UNIQUE.decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (ValueError, RecursionError) as error:
                 raw = line[:RAW_LIMIT].decode("utf-8", errors="replace")
                 yield RawItem(path.name, number, error=f"not valid JSON: {error}", raw=raw)
+            else:
+                yield RawItem(path.name, number, data=data)
+
+
+def _rest_of_line(file: BinaryIO, line: bytes) -> int:
+    """Passes over what is left of a line that is longer than ENTRY_LIMIT; its bytes."""
+    size = 0
+    while not line.endswith(b"\n") and (line := file.readline(WINDOW)):
+        size += len(line)
+    return size
+
+
+class _RepeatedKey(ValueError):
+    """One object has a key twice, of which Python's decoder would keep the last."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _RepeatedKey(f"the key {_short(twice)} occurs twice in one object")
+    return found
+
+
+_UNIQUE, _PLAIN = json.JSONDecoder(object_pairs_hook=_unique), json.JSONDecoder()
 
 
 def _read_json(path: Path) -> Iterator[RawItem]:
     # Damaged bytes become lone surrogates, which parse_record refuses: they cost their own record and no other.
-    text = path.read_bytes().decode("utf-8", errors="surrogateescape")
-    decoder = json.JSONDecoder()
-    start = _skip(text, 0, " \t\r\n\ufeff")
-    if start >= len(text) or text[start] != "[":
-        yield RawItem(path.name, 0, error="the file must hold a JSON list of records", raw=text[:RAW_LIMIT])
-        return
-    start, index = _skip(text, start + 1), 0
-    while True:
-        if start < len(text) and text[start] == "]":
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        text = _Window(file)
+        if text.peek() != "[":
+            yield RawItem(path.name, 0, error="the file must hold a JSON list of records", raw=text.shown())
             return
-        try:
-            data, start = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError) as error:
-            lost = f"not valid JSON from here to the end of the file ({len(text) - start} characters): {error}"
-            yield RawItem(path.name, index, error=lost, raw=text[start : start + RAW_LIMIT])
-            return
-        yield RawItem(path.name, index, data=data)
-        index, start = index + 1, _skip(text, start)
-        if start < len(text) and text[start] == ",":
-            start = _skip(text, start + 1)
-        elif start >= len(text) or text[start] != "]":
-            lost = f"the list of records ends without ']' or lacks a ',' ({len(text) - start} characters follow)"
-            yield RawItem(path.name, index, error=lost, raw=text[start : start + RAW_LIMIT])
-            return
+        text.take()
+        index, opening = 0, None
+        while text.peek() != "]":
+            raw, broken = text.shown(), ""
+            try:
+                data = text.decode()
+                opening = opening or _opening(data)
+                yield RawItem(path.name, index, data=data)
+                index += 1
+            except _RepeatedKey as twice:
+                yield RawItem(path.name, index, error=f"not valid JSON: {twice}", raw=raw)
+                index += 1
+            except (ValueError, RecursionError) as damage:
+                broken = str(damage)
+            if not broken and text.peek() == ",":
+                text.take()
+            elif broken or text.peek() != "]":
+                raw = raw if broken else text.shown()
+                lost, ended = text.skip_to(opening, skip_here=bool(broken))
+                if error := _damage(broken, lost, ended):
+                    yield RawItem(path.name, index, error=error, raw=raw)
+                    index += 1
+                if ended:
+                    return
 
 
-def _skip(text: str, start: int, blanks: str = " \t\r\n") -> int:
-    while start < len(text) and text[start] in blanks:
-        start += 1
-    return start
+def _damage(broken: str, lost: int, ended: bool) -> str:
+    """What to say of `lost` characters that could not be read; nothing, where only a comma is missing."""
+    if broken:
+        where = "from here to the end of the file " if ended else ""
+        return f"not valid JSON {where}({lost} characters): {broken}"
+    return f"the list of records ends without ']' or lacks a ',' ({lost} characters follow)" if lost or ended else ""
+
+
+def _opening(data: Any) -> re.Pattern[str] | None:
+    """How records of this kind begin: an object whose first key is that of `data`."""
+    first = next(iter(data), None) if isinstance(data, dict) else None
+    return None if first is None else re.compile(r"\{\s*" + re.escape(json.dumps(first)) + r"\s*:")
+
+
+class _Window:
+    """A JSON text of any length, of which only the part that is being parsed is in memory."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._text, self._at, self._ended = file, "", 0, False
+
+    def peek(self) -> str:
+        """The next character that is no blank; nothing at the end."""
+        while True:
+            while self._at < len(self._text):
+                if self._text[self._at] not in " \t\r\n":
+                    return self._text[self._at]
+                self._at += 1
+            if not self._more():
+                return ""
+
+    def take(self) -> None:
+        """Passes over one character."""
+        self._at += 1
+
+    def shown(self) -> str:
+        """The beginning of what follows."""
+        return self._text[self._at : self._at + RAW_LIMIT]
+
+    def decode(self) -> Any:
+        """The JSON value that follows.
+
+        Raises:
+            _RepeatedKey: an object in it has a key twice; the value is passed over.
+            ValueError, RecursionError: it is damaged, too long or too deep; nothing is passed over.
+        """
+        while True:
+            try:
+                try:
+                    data, end = _UNIQUE.raw_decode(self._text, self._at)
+                except _RepeatedKey:
+                    _, self._at = _PLAIN.raw_decode(self._text, self._at)
+                    raise
+            except json.JSONDecodeError as error:
+                # What the window cuts off fails at its end, or as a string whose end is not in sight.
+                cut = error.pos >= len(self._text) - 16 or error.msg.startswith("Unterminated string")
+                if not cut or not self._more(len(self._text) - self._at):
+                    raise
+                if len(self._text) > ENTRY_LIMIT:
+                    raise ValueError(f"the entry has more than {ENTRY_LIMIT} characters") from None
+                continue
+            if end == len(self._text) and self._text[end - 1] not in ']}"' and self._more():
+                continue  # a number at the end of the window may go on
+            self._at = end
+            return data
+
+    def skip_to(self, opening: re.Pattern[str] | None, skip_here: bool) -> tuple[int, bool]:
+        """Passes over everything before the next match of `opening`, which `skip_here` keeps from being found here.
+
+        Returns the number of characters passed over, and whether there was no match.
+        """
+        lost = int(skip_here and self._at < len(self._text))
+        self._at += lost
+        while True:
+            found = opening.search(self._text, self._at) if opening else None
+            if found:
+                lost += found.start() - self._at
+                self._at = found.start()
+                return lost, False
+            # A match may begin in what is in memory and end in what is not.
+            kept = max(self._at, len(self._text) - 1024)
+            lost, self._at = lost + kept - self._at, kept
+            if not self._more():
+                lost += len(self._text) - self._at
+                self._at = len(self._text)
+                return lost, True
+
+    def _more(self, size: int = 0) -> bool:
+        """Reads on and lets go of what was passed over; False at the end of the file."""
+        chunk = "" if self._ended else self._file.read(max(size, WINDOW))
+        self._ended = not chunk
+        self._text, self._at = self._text[self._at :] + chunk, 0
+        return bool(chunk)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

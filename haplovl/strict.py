@@ -63,16 +63,17 @@ TAGS = ("kind", "format")
 
 
 def _without_tags(location: list[str], data: Any) -> list[str]:
-    """Drops the discriminator tags that pydantic puts into the location of a union member."""
+    """Drops the tags and types that pydantic puts into the location of a union member."""
     kept = []
-    for i, part in enumerate(location):
-        last = i == len(location) - 1
+    for part in location:
+        if "[" in part or isinstance(data, str | int | float):
+            continue  # the type of a member that has no tag
         if isinstance(data, list) and part.isdigit():
             data = data[int(part)] if int(part) < len(data) else None
             kept.append(part)
             continue
         tags = [data.get(tag) for tag in TAGS] if isinstance(data, dict) else []
-        if part in tags and part not in data and not last:
+        if part in tags and part not in data:
             continue
         kept.append(part)
         data = data.get(part) if isinstance(data, dict) else None

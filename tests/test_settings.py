@@ -61,6 +61,39 @@ def test_the_default_source_is_the_embedded_data_set() -> None:
         ("validate.splits", {"validation": 0.5, "test": 0.5}, ["'validate.splits'", "leave nothing to train on"]),
         ("collect.sources.0.format", "scene", ["'collect.sources.0'", "'scenes', 'llava'"]),
         ("collect.sources.0.train_records", ..., ["'collect.sources.0.train_records' is missing"]),
+        ("collect.sources", [], ["'collect.sources'", "at least 1 item"]),
+        (
+            "collect.sources",
+            [{"name": "a", "format": "hub", "license": "x"}],
+            ["'collect.sources.0': value", "'folder'"],
+        ),
+        (
+            "collect.sources",
+            [{"name": "A b", "format": "sharegpt", "license": "x", "annotations": ["a.json"]}],
+            ["'collect.sources.0.name'", "found 'A b'"],
+        ),
+        (
+            "collect.sources",
+            [{"name": "a", "format": "alpaca", "annotations": ["a.json"]}],
+            ["'collect.sources.0.license' is missing"],
+        ),
+        (
+            "collect.sources",
+            [{"name": "a", "format": "llava", "license": "x", "annotations": []}],
+            ["'collect.sources.0.annotations'"],
+        ),
+        (
+            "collect.sources",
+            [{"name": "a", "format": "llava", "license": "x", "annotation": ["a.json"]}],
+            ["unknown key 'collect.sources.0.annotation'; did you mean 'annotations'?"],
+        ),
+        (
+            "collect.sources",
+            [{"name": "a", "format": "sharegpt", "license": "x", "annotations": ["a"]}] * 2,
+            ["two sources have the name 'a'"],
+        ),
+        ("collect.sources.0.split", {"test": 1.0}, ["'collect.sources.0.split", "leave nothing to train on"]),
+        ("collect.sources.0.split", "dev", ["'collect.sources.0.split"]),
         ("model", ..., ["'model' is missing"]),
     ],
 )

@@ -5,7 +5,7 @@ Nothing is decoded or judged here; that is validate's work.
 
 import hashlib
 import heapq
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +44,22 @@ def _bring(settings: SourceSettings, seed: int, raw: Path) -> Collected:
     bringing = Bringing(raw / settings.name)
     (bringing.folder / ANNOTATIONS).mkdir(parents=True)
     bringing.media.mkdir()
+    (bringing.folder / SKIPPED).touch()
     adapter.bring(settings, seed, bringing)
     source = Collected(settings, 0, 0, 0, _sample_below(bringing.folder, settings), tuple(bringing.files))
-    records, seen = 0, _Seen()
-    images = skipped = 0
-    with (bringing.folder / SKIPPED).open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        for item in entries(raw, source):
-            records += 1
-            for ref in _images_of(item.data):
-                if not seen.add(ref):
-                    continue
-                try:
-                    adapter.bring_image(settings, ref, bringing)
-                    images += 1
-                except ImageError as error:
-                    skipped += 1
-                    file.write(json.dumps({"ref": ref, "reason": str(error)}, ensure_ascii=False) + "\n")
-    return Collected(settings, records, images, skipped, source.sample_below, tuple(bringing.files))
+    records = images = 0
+    seen = _Seen()
+    for item in entries(raw, source):
+        records += 1
+        for ref in _images_of(item.data):
+            if not seen.add(ref):
+                continue
+            try:
+                adapter.bring_image(settings, ref, bringing)
+                images += 1
+            except ImageError as error:
+                bringing.skip(ref, str(error))
+    return replace(source, records=records, images=images, skipped=bringing.skipped)
 
 
 class _Seen:

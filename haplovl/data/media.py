@@ -2,21 +2,33 @@
 
 A reference is a string inside a record, resolved below data/raw/<source>/media:
 
-    file:<path>     one file
+    file:<path>                                   one file
+    tar:<archive>!<member>, zip:<archive>!<member>
+    parquet:<file>!<row>!<column>[!<index>]       a cell with an image file's bytes, or one element of a list of them
+    video:<file>!<frame>!<frames>                 one of so many frames, evenly spread, as JPEG
 """
 
+import io
 import json
+import threading
+from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+from haplovl.data.archives import read_index, read_member
+from haplovl.data.tables import CellReader
 from haplovl.files import RAW
 from haplovl.pictures import MAX_PIXELS, ImageError, decode_bytes, read_image_file, resolve_inside
 
-MEDIA, SKIPPED = "media", "skipped.jsonl"
+MEDIA, INDEX, SKIPPED = "media", "index", "skipped.jsonl"
 REASONS_KEPT = 100_000
 """Most reasons of one source's skipped.jsonl that are held in memory; later ones read as missing."""
+VIDEOS_KEPT = 2
+"""Videos whose frames are held: the frames of a record are read one after the other."""
+JPEG_QUALITY = 95
 
 
 class Media:
@@ -58,14 +70,58 @@ class _Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._lock = threading.Lock()
+        self._indexes: dict[str, np.ndarray] = {}
+        self._cells = CellReader()
+        self._videos: OrderedDict[str, list[bytes]] = OrderedDict()
 
     def read(self, ref: str) -> bytes:
         kind, _, name = ref.partition(":")
-        if kind != "file" or not name:
+        readers = {
+            "file": self._read_file,
+            "tar": self._read_member,
+            "zip": self._read_member,
+            "parquet": self._read_cell,
+            "video": self._read_frame,
+        }
+        if kind not in readers or not name:
             raise ImageError(f"'{ref:.60}' is no reference to a picture")
         if ref in self._skipped:
             raise ImageError(self._skipped[ref])
-        return read_image_file(resolve_inside(self.folder / MEDIA, name))
+        return readers[kind](name)
+
+    def _read_file(self, name: str) -> bytes:
+        return read_image_file(self._inside(name))
+
+    def _inside(self, name: str) -> Path:
+        return resolve_inside(self.folder / MEDIA, name)
+
+    def _read_member(self, name: str) -> bytes:
+        archive, _, member = name.partition("!")
+        path = self._inside(archive)
+        with self._lock:
+            if archive not in self._indexes:
+                self._indexes[archive] = read_index(self.folder / INDEX, archive)
+        return read_member(path, self._indexes[archive], member)
+
+    def _read_cell(self, name: str) -> bytes:
+        file, row, column, *index = name.split("!")
+        return self._cells.read(self._inside(file), int(row), column, int(index[0]) if index else None)
+
+    def _read_frame(self, name: str) -> bytes:
+        file, frame, frames = name.rsplit("!", 2)
+        from haplovl.model.videos import read_frames  # torch comes with the package
+
+        key = f"{file}!{frames}"
+        with self._lock:
+            if key not in self._videos:
+                self._videos[key] = [_jpeg(picture) for picture in read_frames(self._inside(file), int(frames))]
+            self._videos.move_to_end(key)
+            while len(self._videos) > VIDEOS_KEPT:
+                self._videos.popitem(last=False)
+            shown = self._videos[key]
+        # A video with fewer frames shows them more than once.
+        return shown[int(frame) * len(shown) // int(frames)]
 
     @cached_property
     def _skipped(self) -> dict[str, str]:
@@ -76,6 +132,12 @@ class _Place:
             with path.open(encoding="utf-8") as file:
                 for line in file:
                     row = json.loads(line)
-                    if "ref" in row and len(reasons) < REASONS_KEPT:
+                    if len(reasons) < REASONS_KEPT:
                         reasons[row["ref"]] = row["reason"]
         return reasons
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()

@@ -1,6 +1,7 @@
 """collect: both kinds of source, sources that cannot be read, and a disk that is full, as real commands."""
 
 import ctypes
+import hashlib
 import json
 import os
 import subprocess
@@ -12,6 +13,9 @@ import yaml
 from PIL import Image
 
 from haplovl.data.collect import collect
+from haplovl.data.media import Media
+from haplovl.data.sources import read_sources
+from haplovl.data.validated import read_validated
 from haplovl.errors import UserError
 from haplovl.files import sha256_of_folder
 from haplovl.records import read_items
@@ -21,10 +25,10 @@ REPO = Path(__file__).resolve().parents[2]
 SCENES = {"name": "scenes", "format": "scenes", "train_records": 40, "validation_records": 5, "test_records": 10}
 
 
-def haplovl(cwd: Path, **run: object) -> subprocess.CompletedProcess[str]:
-    """Runs the real `haplovl collect` in a project folder."""
-    command = [sys.executable, "-m", "haplovl", "collect"]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, **run)
+def haplovl(cwd: Path, command: str = "collect", **run: object) -> subprocess.CompletedProcess[str]:
+    """Runs a real command in a project folder."""
+    words = [sys.executable, "-m", "haplovl", command]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=60, **run)
 
 
 def make_project(folder: Path, source: dict) -> Path:
@@ -155,3 +159,59 @@ def test_a_file_that_may_not_grow_leaves_nothing(tmp_path: Path) -> None:
     run = [sys.executable, "-c", code, "collect"]
     done = subprocess.run(run, cwd=project, capture_output=True, text=True, timeout=60)
     assert_stopped(done, project, "File too large")
+
+
+# --- several sources -----------------------------------------------------------------------------------------------
+def test_several_sources_are_listed_with_their_counts(tmp_path: Path) -> None:
+    first = llava(tmp_path / "a", name="first", weight=2.0, split={"validation": 0.1, "test": 0.0})
+    second = llava(tmp_path / "b", name="second", near_duplicates=4)
+    (tmp_path / "b/images/sub/a.png").unlink()
+    params = yaml.safe_load((make_project(tmp_path, SCENES) / "params.yaml").read_text())
+    params["collect"]["sources"] += [first, second]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    done = haplovl(tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("scenes: 55 records, ")
+    assert lines[1:] == [
+        "first: 1 records, 1 images",
+        "second: 1 records, 0 images, 1 skipped (see data/raw/second/skipped.jsonl)",
+        "collected 3 sources into data/raw",
+    ]
+    sources = read_sources(tmp_path / "data/raw")
+    assert [source.name for source in sources] == ["scenes", "first", "second"]
+    assert [source.settings for source in sources] == load_params(tmp_path / "params.yaml").collect.sources
+    assert [(source.records, source.images, source.skipped) for source in sources[1:]] == [(1, 1, 0), (1, 0, 1)]
+    [file] = sources[1].files
+    assert file["sha256"] == hashlib.sha256((tmp_path / "a/data.json").read_bytes()).hexdigest()
+    validated = haplovl(tmp_path, command="validate")
+    assert validated.returncode == 0, validated.stderr
+    rows = list(read_validated(tmp_path / "data/validated"))
+    assert {row.source for row in rows} == {"scenes", "first"}
+    for row in rows:
+        for image in row.images:
+            assert hashlib.sha256(Media(tmp_path / "data/raw").read(row.source, image.path)).hexdigest() == image.sha256
+
+
+def test_large_files_are_linked_where_the_file_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = load_params(make_project(tmp_path, llava(tmp_path)) / "params.yaml")
+    original = tmp_path / "images/sub/a.png"
+    collect(params, tmp_path / "raw")
+    copy = tmp_path / "raw/own/media/sub/a.png"
+    assert copy.read_bytes() == original.read_bytes() and not copy.is_symlink()
+
+    def refuse(*args: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    collect(params, tmp_path / "raw")
+    assert copy.read_bytes() == original.read_bytes()
+    assert not copy.samefile(original)
+
+
+def test_a_damaged_list_of_sources_is_named(tmp_path: Path) -> None:
+    collect(load_params(make_project(tmp_path, llava(tmp_path)) / "params.yaml"), tmp_path / "raw")
+    for text in ("{", "[1]", '[{"name": "a"}]', "{}", "null"):
+        (tmp_path / "raw/sources.json").write_text(text)
+        with pytest.raises(UserError, match="sources.json"):
+            read_sources(tmp_path / "raw")

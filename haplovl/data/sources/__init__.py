@@ -14,14 +14,24 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from haplovl.data.sources import llava, scenes_source
+from haplovl.data.sources import interleaved, llava, scenes_source, tables, text, video, webdataset
 from haplovl.data_settings import Source, SourceSettings
 from haplovl.errors import UserError
 from haplovl.files import RAW, read_json, require
 from haplovl.records import RawItem
 
 SOURCES_FILE = "sources.json"
-ADAPTERS = {"scenes": scenes_source, "llava": llava}
+ADAPTERS = {
+    "scenes": scenes_source,
+    "llava": llava,
+    "sharegpt": text,
+    "alpaca": text,
+    "interleaved": interleaved,
+    "webdataset": webdataset,
+    "parquet": tables,
+    "hub": tables,
+    "video": video,
+}
 """For every format the module that brings its files and reads its entries."""
 
 
@@ -60,7 +70,10 @@ def read_sources(raw: Path = RAW) -> list[Collected]:
     adapter: TypeAdapter[SourceSettings] = TypeAdapter(Source)
     sources = []
     try:
-        for row in read_json(require(raw / SOURCES_FILE, made_by="collect")):
+        rows = read_json(require(raw / SOURCES_FILE, made_by="collect"))
+        if not isinstance(rows, list):
+            raise TypeError("it must hold a list")
+        for row in rows:
             about = {key: row[key] for key in ("name", "format", "license")}
             settings = adapter.validate_python({**about, **row["settings"]})
             counts = (row["records"], row["images"], row["skipped"])

@@ -1,50 +1,48 @@
-"""LLaVA-style annotations (`conversations` of `from` and `value`) and the images that they name."""
+"""LLaVA-style annotations and the images that they name.
+
+Read as published: LLaVA-Pretrain (blip_laion_cc_sbu_558k.json: a list of `id`, `image`, `conversations`), LLaVA-1.5's
+llava_v1_5_mix665k.json (the same; its text-only records have `model` and no `image`), ShareGPT4V's lists, M4-Instruct
+(`sample_id`, a list in `image`, `metadata`), and JSON or JSONL with `messages` of `role` and `content`.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from haplovl.data.sources.common import (
     Bringing,
+    ImagePlaces,
     annotation_files,
     bring_annotations,
     check_annotations,
-    check_folder,
-    copy_open,
     with_refs,
 )
+from haplovl.data.sources.conversations import as_llava, mark_caption
 from haplovl.data_settings import LlavaSource
-from haplovl.pictures import ImageError, open_file, resolve_inside
 from haplovl.records import RawItem, read_items
 
 
 def check(settings: LlavaSource) -> None:
     """Raises UserError where a file or folder of the settings cannot be read."""
     check_annotations(settings.annotations)
-    if settings.images is not None:
-        check_folder(Path(settings.images), "image folder")
+    ImagePlaces(settings.images).check()
 
 
 def bring(settings: LlavaSource, seed: int, bringing: Bringing) -> None:
-    """Copies the annotation files."""
+    """Copies the annotation files and brings the archives."""
     bring_annotations(settings.annotations, bringing)
+    bringing.places = ImagePlaces(settings.images)
+    bringing.places.bring(bringing)
 
 
 def bring_image(settings: LlavaSource, ref: str, bringing: Bringing) -> None:
-    """Copies the image that `ref` names to the same relative path, links resolved.
-
-    Raises:
-        ImageError: it is missing, leaves the folder, is no regular file or cannot be read.
-        OSError: the copy cannot be written.
-    """
-    if settings.images is None:
-        raise ImageError("the source names no place for images")
-    name = ref.removeprefix("file:")
-    with open_file(resolve_inside(Path(settings.images), name)) as original:
-        copy_open(original, bringing.media / name)
+    """Brings the image that `ref` names; raises ImageError where that is not possible."""
+    bringing.places.bring_image(ref, bringing)
 
 
 def entries(folder: Path, settings: LlavaSource) -> Iterator[RawItem]:
     """The entries of all annotation files."""
+    places = ImagePlaces(settings.images)
     for path in annotation_files(folder, settings.annotations):
         for item in read_items(path):
-            yield with_refs(item, lambda name: f"file:{name}")
+            adapted = with_refs(as_llava(item), places.ref)
+            yield mark_caption(adapted) if settings.captions else adapted

@@ -21,7 +21,7 @@ def bring(settings: ScenesSource, seed: int, bringing: Bringing) -> None:
     path = bringing.folder / ANNOTATIONS / FILE
     generated = scenes.generate(settings, seed, bringing.media)
     write_jsonl(path, (record.to_json() for record in generated))
-    bringing.files.append({"path": f"{ANNOTATIONS}/{FILE}", "bytes": path.stat().st_size, "sha256": sha256_of(path)})
+    bringing.note(f"{ANNOTATIONS}/{FILE}", sha256_of(path))
 
 
 def bring_image(settings: ScenesSource, ref: str, bringing: Bringing) -> None:
