@@ -1,5 +1,6 @@
 """Reads prepared shards and yields packed training batches; the position is the number of steps taken."""
 
+import sys
 import threading
 import time
 from array import array
@@ -224,25 +225,47 @@ class PackedLoader:
         self.micro_rows = micro
         self.waited = 0.0
         """Seconds that the latest step of `steps` kept its caller waiting."""
-        self._first_steps = [0]
-        """The first step of every epoch that was reached so far."""
+        self._phases = [*(phase.epochs for phase in curriculum), None]  # epochs of each; the last one goes on
         self._plans: dict[int, Plan] = {}
+        self._steps: dict[int, int] = {}
+        """Steps of the epochs that begin a phase, as far as they were counted."""
 
     def rows_of_step(self, step: int) -> list[Row]:
         """All rows of a step (counted from 0), over all ranks.
 
-        What was packed once, now or in an earlier run, is found at once; only what comes after it is packed. What is
-        left of an epoch and makes no whole step is dropped.
+        Takes the same time at every position: at most one epoch of every phase that began, and the step's own, are
+        packed, and those that were packed before, now or in an earlier run, are only read.
         """
-        while True:
-            epoch = bisect_right(self._first_steps, step) - 1
-            number = (step - self._first_steps[epoch]) * self.batch.rows
+        epoch, number = self._place(step)
+        plan, rows = self._plan(epoch), self.batch.rows
+        first = number * rows
+        # An epoch with fewer rows than the first one of its phase ends with its own first rows.
+        return [plan.row(row if plan.has(row + 1) else row % len(plan)) for row in range(first, first + rows)]
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and which of its steps it is.
+
+        All epochs of a phase have as many steps as its first one, whose last rows are dropped if they make no step:
+        so earlier epochs need not be counted.
+        """
+        epoch = 0
+        for epochs in self._phases:
+            if epoch not in self._steps and self._plan(epoch).has((step + 1) * self.batch.rows):
+                return epoch, step
+            steps = self._count(epoch)
+            if epochs is None or step < steps * epochs:
+                return epoch + step // steps, step % steps
+            epoch, step = epoch + epochs, step - steps * epochs
+        raise AssertionError("the last phase goes on")
+
+    def _count(self, epoch: int) -> int:
+        if epoch not in self._steps:
             plan = self._plan(epoch)
-            if plan.has(number + self.batch.rows):
-                return [plan.row(number + row) for row in range(self.batch.rows)]
+            plan.has(sys.maxsize)
             if len(plan) < self.batch.rows:
                 raise UserError(f"one epoch fills {len(plan)} rows, fewer than the {self.batch.rows} of one step")
-            self._first_steps.append(self._first_steps[epoch] + len(plan) // self.batch.rows)
+            self._steps[epoch] = len(plan) // self.batch.rows
+        return self._steps[epoch]
 
     def _pack_ahead(self) -> None:
         """Packs more of the newest epoch than is needed yet: soon all of it is kept, where a killed run finds it."""
@@ -252,7 +275,7 @@ class PackedLoader:
     def _plan(self, epoch: int) -> Plan:
         if epoch not in self._plans:
             for old in sorted(self._plans)[: 1 - PLANS_IN_MEMORY or None]:
-                del self._plans[old]
+                self._plans.pop(old).has(sys.maxsize)  # whole epochs are kept for the next run, others are not
             path = PLANS / self._key / f"{epoch}.npy" if len(self.records) >= LEAST_RECORDS else None
             self._plans[epoch] = Plan(lambda: self._rows_of_epoch(epoch), path)
         return self._plans[epoch]
