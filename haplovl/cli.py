@@ -28,12 +28,41 @@ def collect() -> None:
 
 
 @app.command()
-def validate() -> None:
+def validate(
+    processes: Annotated[int | None, typer.Option(min=1, help="Default: one for every core.")] = None,
+) -> None:
     """Check every record; bad ones go to data/quarantine/ with the reason."""
     from haplovl.data.validate import validate
     from haplovl.settings import load_params
 
-    validate(load_params())
+    validate(load_params(), processes=processes)
+
+
+@app.command()
+def inspect(
+    id: Annotated[str, typer.Argument(help="A record's id.")],
+    source: Annotated[str | None, typer.Option(help="Its source, where several have this id.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the tiled pictures to this PNG file.")] = None,
+) -> None:
+    """Show a record as the model will see it, tokens that carry loss in green; or why it was refused."""
+    _only_errors_of_transformers()
+    from haplovl.inspection import inspect
+    from haplovl.settings import load_params
+
+    if not inspect(load_params(), id, source, output):
+        raise typer.Exit(1)
+
+
+data = typer.Typer(help="Versions of the data.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command()
+def accept() -> None:
+    """Make the data as it was validated last the version that later ones are compared with (data/accepted.json)."""
+    from haplovl.data.profile import accept
+
+    accept()
 
 
 @app.command()
@@ -132,11 +161,7 @@ def publish() -> None:
     publish(load_params())
 
 
-data_app = typer.Typer(help="Versions of the data.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
-
-
-@data_app.command()
+@data.command()
 def diff(
     before: Annotated[str, typer.Argument(help="A git revision (commit, tag, branch), or: workspace.")],
     after: Annotated[str, typer.Argument(help="Likewise.")] = "workspace",
@@ -148,7 +173,7 @@ def diff(
     print_diff(before, after, as_json)
 
 
-@data_app.command()
+@data.command()
 def of(
     version: Annotated[str, typer.Argument(help="Such as haplovl@v0.0.1; default: all registered versions.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list, for scripts.")] = False,

@@ -39,7 +39,7 @@ class SourceSettings(Strict):
     """Most records taken: those with the smallest hash of their id, so that a larger sample holds the smaller one."""
     weight: PositiveFloat = 1.0
     """Factor on the stages' mixture weights for this source's records."""
-    near_duplicates: Annotated[int, Field(ge=0, le=64)] | None = None
+    near_duplicates: Annotated[int, Field(ge=0, le=16)] | None = None
     """Largest distance of two perceptual hashes, in bits, that counts as one picture; not looked for by default."""
 
 
@@ -195,12 +195,38 @@ class CollectSettings(Strict):
 
 
 # --- validate ------------------------------------------------------------------------------------------------------
+class DriftSettings(Strict):
+    """How far the data may be from the last accepted version (`haplovl data accept`): the largest share that would have
+    to change for the two to be alike; null does not look."""
+
+    sources: Share | None = 0.1
+    kinds: Share | None = 0.1
+    lengths: Share | None = 0.15
+    """Characters of questions and answers, turns and pictures of a record: the one that moved most."""
+    image_sizes: Share | None = 0.15
+    vocabulary: Share | None = 0.2
+    """Words of the answers."""
+
+
 class ValidateSettings(Strict):
     max_quarantined_share: Share = 0.02
     """The stage fails when more than this share of the records is bad."""
     max_image_pixels: PositiveInt = 50_000_000
     """Larger images are refused from their header, before decoding."""
+    min_image_side: PositiveInt = 8
+    """Shorter side in pixels that an image must have at least."""
+    max_aspect_ratio: Annotated[float, Field(ge=1.0)] = 30.0
+    """Longer side over shorter side that an image may have at most."""
+    max_characters: PositiveInt = 1_000_000
+    """Longest text of a record, all turns together."""
+    degenerate_repeats: Annotated[int, Field(ge=2)] = 8
+    """Times that a word, being the whole answer, is repeated in an answer that teaches nothing."""
     splits: SplitShares = SplitShares()
+    benchmarks: list[str] = []
+    """Folders of evaluation sets (pictures, JSON, JSONL, Parquet): what they show and ask is kept out of training."""
+    benchmark_question_words: PositiveInt = 8
+    """Shorter questions are not compared with those of evaluation sets: they are asked everywhere."""
+    drift: DriftSettings = DriftSettings()
 
 
 # --- prepare -------------------------------------------------------------------------------------------------------

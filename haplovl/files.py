@@ -18,6 +18,10 @@ TEACHERS = Path("models/teachers")
 STAGE1 = Path("models/stage1")
 STAGE2 = Path("models/stage2")
 REPORTS = Path("reports")
+DATA_PROFILE = REPORTS / "data_profile.json"
+"""What the validated data is like: lengths, sizes, words."""
+ACCEPTED = Path("data/accepted.json")
+"""The profile of the data that was last accepted; in git. `{}` while none was."""
 METRICS = Path("metrics")
 CANDIDATE = Path("candidate")
 RUNS = Path("runs")

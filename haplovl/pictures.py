@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import stat
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,7 +56,9 @@ def decode_bytes(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             pixel is allocated), without pixels, truncated or damaged, or of a pixel type without a defined range.
     """
     with _read_header(data, max_pixels) as image:
-        return to_rgb(image, max_pixels)
+        rgb = _decoded(image, max_pixels, keep_hidden=False)
+    rgb.info.clear()
+    return rgb
 
 
 def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS, keep_hidden: bool = False) -> Image.Image:
@@ -66,12 +69,19 @@ def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS, keep_hidden: bool =
     Raises:
         ImageError: as `decode_bytes`.
     """
+    rgb = _decoded(image, max_pixels, keep_hidden)
+    if rgb is image:
+        rgb = image.copy()
+    rgb.info.clear()  # an orientation left in it would turn the image once more where it is opened again
+    return rgb
+
+
+def _decoded(image: Image.Image, max_pixels: int, keep_hidden: bool) -> Image.Image:
+    """As `to_rgb`, but perhaps the image itself."""
     _check_size(image.size, max_pixels)
     try:
         image.load()
-        rgb = _eight_bit_rgb(_upright(image), keep_hidden)
-        rgb.info.clear()  # an orientation left in it would turn the image once more where it is opened again
-        return rgb
+        return _eight_bit_rgb(_upright(image), keep_hidden)
     except (ImageError, MemoryError):
         raise
     # Pillow's decoders raise almost any type on damaged data: OSError, SyntaxError, struct.error, IndexError, …
@@ -162,7 +172,7 @@ def open_file(path: Path, what: str = "image") -> BinaryIO:
 
 
 def resolve_inside(root: Path, relative: str) -> Path:
-    """The real path of `relative` below `root`, symbolic links followed.
+    """The path of `relative` below `root`; the real one where it holds symbolic links.
 
     Raises:
         ImageError: the path is absolute, holds `..` or a NUL, cannot be a file name, or a link leads out of `root`.
@@ -173,6 +183,8 @@ def resolve_inside(root: Path, relative: str) -> Path:
     if path.is_absolute() or ".." in path.parts:
         raise ImageError("the path leaves the image folder")
     try:
+        if not _has_link(root, path):
+            return root / path
         base, real = root.resolve(), (root / path).resolve()
     # Names that are too long or no valid Unicode, and (RuntimeError) links that lead in a circle.
     except (OSError, ValueError, RuntimeError) as error:
@@ -180,6 +192,19 @@ def resolve_inside(root: Path, relative: str) -> Path:
     if not real.is_relative_to(base):
         raise ImageError("the path leaves the image folder through a symbolic link")
     return real
+
+
+def _has_link(root: Path, relative: Path) -> bool:
+    """Whether a part of `relative` is a symbolic link; most have none, and resolving asks for every folder above."""
+    path = str(root)
+    for part in relative.parts:
+        path = os.path.join(path, part)
+        try:
+            if stat.S_ISLNK(os.lstat(path).st_mode):
+                return True
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return False
 
 
 def _read_header(data: bytes, max_pixels: int) -> Image.Image:
@@ -209,7 +234,7 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     """Turns the image by its EXIF orientation; Pillow's exif_transpose also rewrites the EXIF and fails on odd ones."""
     turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
-    return image.copy() if turn is None else image.transpose(turn)
+    return image if turn is None else image.transpose(turn)
 
 
 def _eight_bit_rgb(image: Image.Image, keep_hidden: bool) -> Image.Image:

@@ -37,7 +37,9 @@ def write_index(archive: Path, folder: Path) -> str:
     rows, damage = array("Q"), ""
     try:
         for name, *row in _zip_members(archive) if archive.suffix == ".zip" else _tar_members(archive):
-            rows.extend((_hash(name), *row))
+            # A zip whose beginning is missing has members before its first byte.
+            fine = all(0 <= number < 1 << 62 for number in row)
+            rows.extend((_hash(name), *(row if fine else (0, 0, 0, 0, UNREADABLE))))
     except ArchiveError as error:
         damage = str(error)
     index = np.frombuffer(rows, dtype=np.uint64).reshape(-1, 6).T
@@ -87,18 +89,18 @@ def read_member(archive: Path, index: np.ndarray, name: str) -> bytes:
     """
     offset, stored, size, crc, method = find_member(index, name)
     if method == UNREADABLE:
-        raise ImageError("the member is a link, encrypted or packed in an unknown way")
+        raise ImageError("the member is a link, encrypted, out of place or packed in an unknown way")
     if max(stored, size) > MEMBER_LIMIT:
         raise ImageError(f"the member has {max(stored, size)} bytes, more than the limit of {MEMBER_LIMIT}")
     try:
         with archive.open("rb") as file:
             if archive.suffix == ".zip":
                 offset = _zip_data(file.fileno(), offset)
+            if offset + stored > os.fstat(file.fileno()).st_size:
+                raise ImageError("the archive ends inside the member")
             data = os.pread(file.fileno(), stored, offset)
     except OSError as error:
         raise ImageError(f"the archive cannot be read: {error.strerror}") from None
-    if len(data) < stored:
-        raise ImageError("the archive ends inside the member")
     data = _inflated(data, size) if method == DEFLATED else data
     if archive.suffix == ".zip" and zlib.crc32(data) != crc:
         raise ImageError("the member is damaged: its checksum is wrong")

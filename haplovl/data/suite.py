@@ -18,6 +18,9 @@ NAME = "records"
 FIXED_TIME = datetime(2000, 1, 1, tzinfo=UTC)
 """Stands for the run's time: data docs are a DVC out and hold no clock."""
 
+LISTED = 1000
+"""Failures in one part up to which the data docs name every bad record; of more, they show examples of values."""
+
 PLACE = ("row", "source", "file", "position", "id")
 """Columns that tell the reader of the data docs which record is meant."""
 
@@ -54,6 +57,13 @@ CHECKS = (
         False,
     ),
     Check(
+        "image_size",
+        "image_size_error",
+        "No image is smaller or more drawn out than the limits.",
+        "{image_size_error}",
+        False,
+    ),
+    Check(
         "placeholders",
         "surplus_placeholders",
         "The questions hold one `<image>` for every image.",
@@ -72,9 +82,23 @@ CHECKS = (
         "{blank_messages} blank messages",
     ),
     Check(
+        "degenerate",
+        "degenerate_answers",
+        "No answer holds punctuation alone, or one word or character over and over.",
+        "{degenerate_answers}",
+        False,
+    ),
+    Check(
+        "encoding",
+        "encoding_error",
+        "No text holds control or replacement characters, or UTF-8 that was read as another encoding.",
+        "the text holds {encoding_error}",
+        False,
+    ),
+    Check(
         "duplicate_id",
         "earlier_same_id",
-        "The id occurs for the first time.",
+        "The id occurs for the first time in its source.",
         "{earlier_same_id} earlier records have the same id",
     ),
     Check(
@@ -84,38 +108,91 @@ CHECKS = (
         "{split_conflict}",
         False,
     ),
+    Check(
+        "near_duplicate",
+        "near_duplicate",
+        "No image of the record looks like one in a split that is held out from the record's own.",
+        "{near_duplicate}",
+        False,
+    ),
+    Check(
+        "contamination",
+        "contamination",
+        "No image of the record, and without images no longer question, is in an evaluation set on this machine.",
+        "{contamination}",
+        False,
+    ),
 )
 
 
-def judge(table: "pd.DataFrame", docs: Path | None = None) -> dict[str, list[int]]:
-    """Runs the suite over a table of facts, which has the columns of PLACE and one per check.
+class Judge:
+    """Judges tables of facts by the suite, one part of a large data set after the other, and writes data docs of all.
 
-    Returns the `row` values that fail, by check name (every check has an entry). Writes data docs, whose bytes depend
-    on the table alone, into the existing folder `docs` if it is given.
-
-    Raises:
-        RuntimeError: Great Expectations could not judge a column.
+    A table has the columns of PLACE and one per check.
     """
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"
-    import great_expectations as gx
-    from great_expectations.core.run_identifier import RunIdentifier
 
-    context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = {"globally": False}
-    batch = context.data_sources.add_pandas(NAME).add_dataframe_asset(NAME).add_batch_definition_whole_dataframe("all")
-    suite = context.suites.add(gx.ExpectationSuite(NAME, expectations=[_expectation(check) for check in CHECKS]))
-    definition = context.validation_definitions.add(gx.ValidationDefinition(name=NAME, data=batch, suite=suite))
-    wanted = {"result_format": "COMPLETE", "unexpected_index_column_names": list(PLACE)}
-    # The query would spell out every bad row's number in the page.
-    wanted["return_unexpected_index_query"] = False
-    checkpoint = gx.Checkpoint(name=NAME, validation_definitions=[definition], result_format=wanted)
-    run_id = RunIdentifier(run_name="validate", run_time=FIXED_TIME)
-    result = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": _escaped(table)}, run_id=run_id)
-    if docs is not None:
-        _write_docs(context, docs)
-    (validation,) = result.run_results.values()
-    failed = {outcome.expectation_config.meta["check"]: _rows(outcome) for outcome in validation.results}
-    return {check.name: failed[check.name] for check in CHECKS}
+    def __init__(self) -> None:
+        os.environ["GX_ANALYTICS_ENABLED"] = "false"
+        import great_expectations as gx
+
+        self._context = gx.get_context(mode="ephemeral")
+        self._context.variables.progress_bars = {"globally": False}
+        self._records = self._definition("records", [_expectation(check) for check in CHECKS])
+
+    def failed(self, table: "pd.DataFrame") -> dict[str, list[int]]:
+        """The `row` values that fail, by check name (every check has an entry).
+
+        Raises:
+            RuntimeError: Great Expectations could not judge a column.
+        """
+        table = _escaped(table)
+        wanted = {"result_format": "COMPLETE", "unexpected_index_column_names": ["row"]}
+        # The query would spell out every bad row's number.
+        wanted["return_unexpected_index_query"] = False
+        batch = self._records.data.get_batch(batch_parameters={"dataframe": table})
+        validation = batch.validate(self._records.suite, result_format=wanted)
+        failed = {outcome.expectation_config.meta["check"]: _rows(outcome) for outcome in validation.results}
+        # Once more for the docs, which keep what they are given: not a million lists.
+        few = sum(map(len, failed.values())) <= LISTED
+        wanted |= {"result_format": "COMPLETE" if few else "SUMMARY", "unexpected_index_column_names": list(PLACE)}
+        self._run(self._records, table, wanted, f"rows {table['row'].iloc[0]} to {table['row'].iloc[-1]}")
+        return {check.name: failed[check.name] for check in CHECKS}
+
+    def too_far(self, distances: dict[str, float], limits: dict[str, float | None]) -> list[str]:
+        """The names of the distances from the accepted version (drift) that are above their limit; None is no limit."""
+        import great_expectations.expectations as gxe
+        import pandas as pd
+
+        notes = "Share that would have to change to be like the last accepted version of the data."
+        expectations = [
+            gxe.ExpectColumnMaxToBeBetween(column=name, max_value=limit, meta={"check": name}, notes=notes)
+            for name, limit in limits.items()
+            if limit is not None
+        ]
+        if not expectations:
+            return []
+        drift = self._definition("drift", expectations)
+        validation = self._run(drift, pd.DataFrame([distances]), {"result_format": "SUMMARY"}, "drift")
+        return [outcome.expectation_config.meta["check"] for outcome in validation.results if not outcome.success]
+
+    def write_docs(self, docs: Path) -> None:
+        """Writes data docs of all that was judged, whose bytes depend on it alone, into the existing folder `docs`."""
+        _write_docs(self._context, docs)
+
+    def _definition(self, name: str, expectations: list[Any]) -> Any:
+        import great_expectations as gx
+
+        asset = self._context.data_sources.add_pandas(name).add_dataframe_asset(name)
+        suite = self._context.suites.add(gx.ExpectationSuite(name, expectations=expectations))
+        data = asset.add_batch_definition_whole_dataframe("all")
+        return self._context.validation_definitions.add(gx.ValidationDefinition(name=name, data=data, suite=suite))
+
+    def _run(self, definition: Any, table: "pd.DataFrame", wanted: dict[str, Any], name: str) -> Any:
+        """Judges a table and keeps the outcome for the docs under a name."""
+        from great_expectations.core.run_identifier import RunIdentifier
+
+        run_id = RunIdentifier(run_name=name, run_time=FIXED_TIME)
+        return definition.run(batch_parameters={"dataframe": table}, result_format=wanted, run_id=run_id)
 
 
 def _expectation(check: Check) -> Any:

@@ -6,11 +6,31 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
 from haplovl.files import VALIDATED, require
 from haplovl.records import Record, Turn
 
 FILE_NAME = "records.parquet"
 ROWS_PER_GROUP = 4096
+
+_text = pa.string()
+TURNS = pa.list_(pa.struct({"question": _text, "answer": _text, "kind": _text}))
+IMAGES = pa.list_(pa.struct({"path": _text, "sha256": _text, "width": pa.int32(), "height": pa.int32()}))
+SCHEMA = pa.schema(
+    {
+        "id": _text,
+        "split": _text,
+        "kind": _text,
+        "source": _text,
+        "system": _text,
+        "images": IMAGES,
+        "turns": TURNS,
+    }
+)
+"""One row per record; see ValidatedRecord."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +57,33 @@ class ValidatedRecord:
 
 def write_validated(folder: Path, rows: Iterable[ValidatedRecord]) -> None:
     """Writes `folder/records.parquet` in row groups as the rows arrive; the same rows give the same bytes."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    rows = iter(rows)
+    groups = iter(lambda: [_to_row(row) for row in islice(rows, ROWS_PER_GROUP)], [])
+    for _ in write_tables(folder, (pa.Table.from_pylist(group, schema=SCHEMA) for group in groups)):
+        pass
 
-    schema, rows = _schema(), iter(rows)
-    with pq.ParquetWriter(folder / FILE_NAME, schema, compression="zstd") as writer:
-        while group := [_to_row(row) for row in islice(rows, ROWS_PER_GROUP)]:
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+
+def write_tables(folder: Path, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Writes tables of SCHEMA, however long, as `write_validated` does, and yields each row group that was written."""
+    waiting: list[pa.Table] = []
+    with pq.ParquetWriter(folder / FILE_NAME, SCHEMA, compression="zstd") as writer:
+
+        def write(group: pa.Table) -> pa.Table:
+            writer.write_table(group)
+            return group
+
+        for table in tables:
+            waiting.append(table)
+            if sum(part.num_rows for part in waiting) < ROWS_PER_GROUP:
+                continue
+            joined = pa.concat_tables(waiting)
+            whole = joined.num_rows - joined.num_rows % ROWS_PER_GROUP
+            for start in range(0, whole, ROWS_PER_GROUP):
+                yield write(joined.slice(start, ROWS_PER_GROUP))
+            waiting = [joined.slice(whole)]
+        rest = pa.concat_tables(waiting) if waiting else SCHEMA.empty_table()
+        if rest.num_rows:
+            yield write(rest)
 
 
 def read_validated(folder: Path = VALIDATED, split: str | None = None) -> Iterator[ValidatedRecord]:
@@ -52,9 +92,6 @@ def read_validated(folder: Path = VALIDATED, split: str | None = None) -> Iterat
     Raises:
         UserError: there is no table; names the command that makes it.
     """
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     with pq.ParquetFile(require(folder / FILE_NAME, made_by="validate")) as file:
         for batch in file.iter_batches(batch_size=ROWS_PER_GROUP):
             if split is not None:
@@ -62,14 +99,12 @@ def read_validated(folder: Path = VALIDATED, split: str | None = None) -> Iterat
             yield from map(_from_row, batch.to_pylist())
 
 
-def _schema() -> Any:
-    import pyarrow as pa
-
-    text = pa.string()
-    image = pa.struct({"path": text, "sha256": text, "width": pa.int32(), "height": pa.int32()})
-    turn = pa.struct({"question": text, "answer": text, "kind": text})
-    names = ("id", "split", "kind", "source", "system")
-    return pa.schema([*((name, text) for name in names), ("images", pa.list_(image)), ("turns", pa.list_(turn))])
+def find_validated(id_: str, folder: Path = VALIDATED) -> list[ValidatedRecord]:
+    """The validated records with an id: one per source at most. None where there is no table yet."""
+    path = folder / FILE_NAME
+    if not path.exists():
+        return []
+    return [_from_row(row) for row in pq.read_table(path, filters=[("id", "=", id_)]).to_pylist()]
 
 
 def _to_row(row: ValidatedRecord) -> dict[str, Any]:

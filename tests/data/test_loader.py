@@ -12,8 +12,8 @@ from PIL import Image
 
 from haplovl.data.loader import IGNORE, PackedLoader, PreparedRecords
 from haplovl.data.media import Media
+from haplovl.data.picture_facts import ReadPictures
 from haplovl.data.prepare import prepare, read_manifest
-from haplovl.data.validate import inspect_images
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
 from haplovl.errors import UserError
 from haplovl.files import PREPARED, RAW, TEACHERS, VALIDATED, sha256_of
@@ -300,10 +300,13 @@ def mixed_sizes(tmp_path, monkeypatch, tokenizer, request):
             Image.effect_noise((width, height), 80).convert("RGB").save(RAW / "a/media" / name, exif=exif)
         turn = Turn("<image>" * len(names) + "Where is the 3?", "top left")
         records.append(Record(f"r{n}", names, (turn,), split="train" if n < 20 else "test"))
-    seen = inspect_images(RAW, [("a", f"file:{name}") for record in records for name in record.images], 10_000)
-    rows = [
-        ValidatedRecord(record, tuple(seen["a", f"file:{name}"] for name in record.images), "a") for record in records
-    ]
+    look = ReadPictures(Media(RAW), 10_000, frozenset())
+
+    def seen(name):
+        facts = look.row("a", f"file:{name}")
+        return ImageFile(facts["ref"], facts["sha256"].hex(), facts["width"], facts["height"])
+
+    rows = [ValidatedRecord(record, tuple(map(seen, record.images)), "a") for record in records]
     write_validated(VALIDATED, rows)
     processor = HaploProcessor(HaploImageProcessor(32, 8, max_tiles=4), tokenizer)
     processor.save_pretrained(TEACHERS / "processor")

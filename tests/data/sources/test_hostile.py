@@ -171,6 +171,17 @@ def test_archives_that_are_none(tmp_path, collected, picture) -> None:
         assert own.pictures(0) == ["the archive has no such member"]
 
 
+def test_a_zip_without_its_beginning(tmp_path, picture) -> None:
+    """Its directory still lists every member; the first ones would lie before the file's first byte."""
+    files = [(f"{i}.jpg", picture(i)) for i in range(4)]
+    data = write_zip(tmp_path / "whole.zip", files, zipfile.ZIP_STORED).read_bytes()
+    (tmp_path / "late.zip").write_bytes(data[len(picture(0)) // 2 :])
+    assert write_index(tmp_path / "late.zip", tmp_path / "index") == ""
+    index = read_index(tmp_path / "index", "late.zip")
+    assert "out of place" in reason(tmp_path / "late.zip", tmp_path / "index", "0.jpg")
+    assert [read_member(tmp_path / "late.zip", index, name) for name, _ in files[1:]] == [data for _, data in files[1:]]
+
+
 def test_links_and_devices_in_tars(tmp_path, collected, picture) -> None:
     (tmp_path / "secret.jpg").write_bytes(picture(9))
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
@@ -185,7 +196,7 @@ def test_links_and_devices_in_tars(tmp_path, collected, picture) -> None:
     (tmp_path / "a.json").write_text(json.dumps([entry(f"r{i}", name) for i, name in enumerate(names)]))
     own = collected(format="llava", annotations=[str(tmp_path / "a.json")], images=str(tmp_path / "a.tar"))
     shown = [own.pictures(i)[0] for i in range(4)]
-    assert shown == ["the member is a link, encrypted or packed in an unknown way"] * 3 + [picture(1)]
+    assert shown == ["the member is a link, encrypted, out of place or packed in an unknown way"] * 3 + [picture(1)]
 
 
 def test_a_tar_that_leads_back_to_itself_ends(tmp_path) -> None:
