@@ -20,7 +20,7 @@ app = typer.Typer(
 
 @app.command()
 def collect() -> None:
-    """Bring a data source into data/raw/."""
+    """Bring the data sources into data/raw/."""
     from haplovl.data.collect import collect
     from haplovl.settings import load_params
 

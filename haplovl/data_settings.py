@@ -100,6 +100,8 @@ class InterleavedSource(AnnotatedSource):
     """Documents of pictures and texts: MMC4, OBELICS."""
 
     format: Literal["interleaved"]
+    annotations: list[str] = Field(min_length=1)
+    """Annotation files (.json, .jsonl or .parquet)."""
     images: Places = None
 
 

@@ -25,6 +25,10 @@ FICLONE = 0x40049409
 """The kernel's request to share a file's blocks until one of the two is written to (btrfs, XFS)."""
 
 
+NAME_KEPT = 4096
+"""Characters of a name that skipped.jsonl keeps; no path is longer."""
+
+
 # --- bringing ------------------------------------------------------------------------------------------------------
 @dataclass
 class Bringing:
@@ -81,7 +85,7 @@ class Bringing:
         """Notes what could not be brought, and why."""
         self.skipped += 1
         with (self.folder / SKIPPED).open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(json.dumps({"ref": ref, "reason": reason}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"ref": ref[:NAME_KEPT], "reason": reason}, ensure_ascii=False) + "\n")
 
     def _target(self, relative: str) -> Path:
         target = self.folder / relative

@@ -2,7 +2,8 @@
 
 Read as published: MMC4 (JSONL of `text_list` and `image_info` with `image_name` and `matched_text_index`, the sentence
 that a picture belongs to: it comes before it), and OBELICS (`images` and `texts` of equal length, at every place one of
-them null). Both publish URLs; the pictures are downloaded by the user under the names in the annotations.
+them null; in Parquet, or in JSONL made of it). Both publish URLs; the pictures are downloaded by the user, under the
+names that the annotations then hold.
 
 A document becomes a conversation: what is shown is the question, the text that follows it is the answer. A picture that
 could not be collected is left out of its document, as links of the web rot; pictures after the last text too.
@@ -13,6 +14,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from haplovl.data.media import SKIPPED
 from haplovl.data.sources.common import (
@@ -26,10 +30,13 @@ from haplovl.data.sources.conversations import id_of
 from haplovl.data_settings import InterleavedSource
 from haplovl.records import IMAGE_PLACEHOLDER, RawItem, read_items
 
+ROWS = 1024
+"""Rows of a table that are read at a time."""
+
 
 def check(settings: InterleavedSource) -> None:
     """Raises UserError where a file or folder of the settings cannot be read."""
-    check_annotations(settings.annotations)
+    check_annotations(settings.annotations, (".json", ".jsonl", ".parquet"))
     ImagePlaces(settings.images).check()
 
 
@@ -50,7 +57,7 @@ def entries(folder: Path, settings: InterleavedSource) -> Iterator[RawItem]:
     places = ImagePlaces(settings.images)
     skipped = _skipped(folder / SKIPPED)
     for path in annotation_files(folder, settings.annotations):
-        for item in read_items(path):
+        for item in _documents(path):
             if item.error:
                 yield item
                 continue
@@ -62,6 +69,22 @@ def entries(folder: Path, settings: InterleavedSource) -> Iterator[RawItem]:
             shown = [(places.ref(part), "") if is_image else ("", part) for is_image, part in parts]
             talk, images = _conversation([part for part in shown if part[0] not in skipped])
             yield replace(item, data={"id": id_of(item), "image": images, "conversations": talk})
+
+
+def _documents(path: Path) -> Iterator[RawItem]:
+    """The entries of an annotation file, or the rows of a table with OBELICS' two columns."""
+    if path.suffix != ".parquet":
+        yield from read_items(path)
+        return
+    position = 0
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            for batch in file.iter_batches(ROWS, columns=["images", "texts"]):
+                for row in batch.to_pylist():
+                    yield RawItem(path.name, position, data=row)
+                    position += 1
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        yield RawItem(path.name, position, error=f"the table is damaged: {' '.join(str(error).split())}")
 
 
 def _skipped(path: Path) -> set[str]:

@@ -156,9 +156,9 @@ def _adapt(item: RawItem, row: dict[str, Any], names: dict[str, str], prompt: st
 def _talk(row: dict[str, Any], prompt: str, shown: str) -> list[dict[str, Any]]:
     """A conversation of the other columns; the pictures come first."""
     if row.get("texts") is not None:
-        pairs = [
-            (t.get("user"), t.get("assistant"), "") if isinstance(t, dict) else (t, None, "") for t in row["texts"]
-        ]
+        texts = row["texts"] if isinstance(row["texts"], list) else []
+        turns = [turn if isinstance(turn, dict) else {} for turn in texts]
+        pairs = [(turn.get("user"), turn.get("assistant"), "") for turn in turns]
     elif "answer" in row:
         pairs = [(row.get("question") or "", row["answer"], "")]
     else:

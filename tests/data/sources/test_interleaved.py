@@ -2,6 +2,9 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 MMC4 = {
     "image_info": [
         {
@@ -59,6 +62,21 @@ def test_obelics(tmp_path, collected, picture) -> None:
     own = run(tmp_path, collected, [OBELICS], {f"{name}.jpg": picture(i) for i, name in enumerate("abcd")})
     assert turns(own.records[0]) == [("<image>", "One."), ("<image>\n<image>", "Two.")]
     assert own.pictures(0) == [picture(0), picture(1), picture(2)]
+
+
+def test_obelics_as_a_table(tmp_path, collected, picture) -> None:
+    (tmp_path / "images").mkdir()
+    for i, name in enumerate("abcd"):
+        (tmp_path / f"images/{name}.jpg").write_bytes(picture(i))
+    path = tmp_path / "train-00000-of-01335.parquet"
+    pq.write_table(pa.Table.from_pylist([OBELICS, {**OBELICS, "texts": ["x"]}]), path)
+    settings = {"format": "interleaved", "annotations": [str(path)], "images": str(tmp_path / "images")}
+    own = collected(**settings)
+    assert turns(own.records[0]) == [("<image>", "One."), ("<image>\n<image>", "Two.")]
+    assert own.pictures(0) == [picture(0), picture(1), picture(2)]
+    assert "equal length" in own.errors[1]
+    path.write_bytes(b"no table")
+    assert "damaged" in collected(**settings).errors[0]
 
 
 def test_pictures_that_are_gone_leave_their_document(tmp_path, collected, picture) -> None:

@@ -152,3 +152,28 @@ def test_pictures_are_not_read_to_list_the_records(tmp_path, collected, picture,
     monkeypatch.setattr(tables.pq.ParquetFile, "iter_batches", spy)
     collected(format="parquet", files=[path])
     assert "image.path" in asked and not {"image", "image.bytes"} & set(asked)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"texts": [1, 2]},
+        {"texts": ["a", "b"]},
+        {"texts": [["a"], None]},
+        {"conversations": ["[1]", "{"]},
+        {"conversations": [1, 2]},
+        {"question": [1, 2], "answer": [b"x", None]},
+        {"id": [b"x", None], "caption": ["a", None]},
+        {"image": [1, 2], "caption": ["a", "b"]},
+        {"image": ["a.jpg", "b.jpg"], "caption": ["a", "b"]},
+        {"images": [[{"bytes": None, "path": None}], []], "caption": ["a", "b"]},
+    ],
+    ids=str,
+)
+def test_columns_of_other_types_are_errors_of_their_rows(tmp_path, collected, row) -> None:
+    pq.write_table(pa.table(row), tmp_path / "a.parquet")
+    own = collected(format="parquet", files=[str(tmp_path / "a.parquet")])
+    assert own.source.records == len(own.items) == 2
+    for record, error in zip(own.records, own.errors, strict=True):
+        assert error or all(isinstance(own.read(ref), str) for ref in record.images)
+    assert any(own.errors) or own.records[0].images
