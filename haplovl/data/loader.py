@@ -144,7 +144,8 @@ class PreparedRecords:
             seen = self.processor.image_processor(pictures, return_tensors="pt")
             grids = read_grids(seen["image_grids"])
             tiles = zip(seen["pixel_values"], grids, strict=True)
-            pixels = torch.cat([picture[: grid.tiles] for picture, grid in tiles])
+            shown = [picture[: grid.tiles] for picture, grid in tiles]
+            pixels = shown[0] if len(shown) == 1 else torch.cat(shown)
         counts = [self.processor.grid_tokens(grid) for grid in grids]
         full_ids, full_labels = _expanded(ids, labels, self.processor.image_token_id, counts)
         return Sample(data["id"], full_ids, full_labels, pixels, grids)
