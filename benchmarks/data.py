@@ -1,4 +1,4 @@
-"""How fast data is validated, beside the decoder's own speed, and what a million records take of memory.
+"""How fast data is validated, prepared and loaded, beside the decoder's own speed, and what a million records take.
 
     python benchmarks/data.py [--json FILE] [--photographs N] [--texts N] [--processes N]
 
@@ -8,7 +8,7 @@ Expectations, data docs, writing. The ceiling is the better of two runs, before 
 read and decode the same files and do nothing else. `validate_decode_share` compares it with the speed of validation
 beyond its fixed part, which a few records show (the suite, the docs: `validate_start_seconds`);
 `validate_decode_cpu_share` compares processor time, which other work on the machine moves less. Memory is the sum over
-all processes, sampled every tenth of a second.
+all processes, sampled every tenth of a second. Preparation and the loader: data_prepare.py, which also runs alone.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import data_prepare
 import numpy as np
 import psutil
 from PIL import Image
@@ -225,6 +226,9 @@ def main() -> None:
                 figures |= measure(work, count, options.processes)
             finally:
                 shutil.rmtree(work)
+    figures |= data_prepare.figures(options.photographs, options.texts)
+    if "million_peak_gib" in figures:  # of validation so far
+        figures["million_peak_gib"] = max(figures["million_peak_gib"], figures["prepare_million_peak_gib"])
     table = Table(title=f"{options.photographs} photographs, {options.texts} texts, {options.processes} processes")
     table.add_column("figure")
     table.add_column("value", justify="right")

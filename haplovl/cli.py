@@ -161,6 +161,29 @@ def publish() -> None:
     publish(load_params())
 
 
+@data.command()
+def diff(
+    before: Annotated[str, typer.Argument(help="A git revision (commit, tag, branch), or: workspace.")],
+    after: Annotated[str, typer.Argument(help="Likewise.")] = "workspace",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")] = False,
+) -> None:
+    """Tell which validated records were added, removed or changed between two versions, by source."""
+    from haplovl.data.versions import print_diff
+
+    print_diff(before, after, as_json)
+
+
+@data.command()
+def of(
+    version: Annotated[str, typer.Argument(help="Such as haplovl@v0.0.1; default: all registered versions.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list, for scripts.")] = False,
+) -> None:
+    """Tell which version of the data a registered model saw."""
+    from haplovl.data.versions import print_seen
+
+    print_seen(version, as_json)
+
+
 Model = Annotated[Path, typer.Option(help="A trained model's folder.")]
 Images = Annotated[list[Path] | None, typer.Option(help="An image file; repeat it for several.")]
 Videos = Annotated[list[Path] | None, typer.Option(help="A video file; repeat it for several.")]

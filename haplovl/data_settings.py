@@ -236,7 +236,13 @@ class ValidateSettings(Strict):
 
 # --- prepare -------------------------------------------------------------------------------------------------------
 class PrepareSettings(Strict):
-    chat_template: Literal["plain", "vicuna", "llama-3", "chatml"]
+    chat_template: Literal["plain", "vicuna", "llama-3", "chatml", "mistral"]
     max_tokens: PositiveInt
-    """Longest record in tokens, image tokens included; longer ones are quarantined, never cut."""
+    """Longest record in tokens, image tokens included. No answer is ever cut."""
+    too_long: Literal["quarantine", "drop_last_turns"] = "quarantine"
+    """What happens to a longer record: it is refused, or whole turns are left out from its end until it fits."""
+    max_image_side: PositiveInt | None = None
+    """Pictures with a longer side are scaled down to this many pixels and stored as JPEG; by default all are copied as
+    they are."""
     records_per_shard: PositiveInt = 2048
+    """Most records in a shard. Where shards end is decided by the records, so that new ones change few shards."""

@@ -39,6 +39,7 @@ def register(params: Params, out: Path = CANDIDATE) -> None:
         "params": params.model_dump(mode="json", by_alias=True),
         "params_fingerprint": fingerprint(params),
         "data_manifest_sha256": sha256_of(require(PREPARED / "manifest.json", "prepare")),
+        "data": _data(),
         "teachers": read_json(require(TEACHERS / "teachers.json", "teachers")),
         "model_sha256": sha256_of_folder(require(STAGE2, "train stage2")),
         "metrics": {
@@ -52,6 +53,12 @@ def register(params: Params, out: Path = CANDIDATE) -> None:
         write_whole(folder / "MODEL_CARD.md", model_card(candidate))
     verdict = candidate["gate"]
     print("gate passed" if verdict["passed"] else "gate failed: " + "; ".join(verdict["reasons"]))
+
+
+def _data() -> dict[str, Any]:
+    """What the model saw: records of every source in every split, and what preparation did to them."""
+    manifest = read_json(PREPARED / "manifest.json")
+    return {name: manifest.get(name, {}) for name in ("sources", "totals", "refused", "shortened")}
 
 
 def judge(params: Params, evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -101,11 +108,11 @@ def model_card(candidate: dict[str, Any]) -> str:
 def _origins(candidate: dict[str, Any]) -> dict[str, Any]:
     """The hub's fields for what the model is made of. Weights and data from elsewhere bring their own licences."""
     params = candidate["params"]
-    teachers, source = params["teachers"].values(), params["collect"]["source"]
-    own = source["kind"] == "scenes" and all(teacher["kind"] == "train" for teacher in teachers)
+    teachers, sources = params["teachers"].values(), params["collect"]["sources"]
+    own = all(source["format"] == "scenes" for source in sources) and all(t["kind"] == "train" for t in teachers)
     licence = {"license": "apache-2.0"} if own else {"license": "other", "license_name": "as-its-teachers-and-data"}
     base = [teacher["id"] for teacher in teachers if teacher["kind"] == "hub"]
-    named = ["scikit-learn-digits"] if source["kind"] == "scenes" else [Path(p).stem for p in source["annotations"]]
+    named = ["scikit-learn-digits" if source["format"] == "scenes" else source["name"] for source in sources]
     return {**licence, **({"base_model": base} if base else {}), "datasets": named}
 
 
@@ -184,7 +191,7 @@ def _margin(scores: dict[str, Any]) -> float:
 
 
 def _source(candidate: dict[str, Any]) -> str:
-    return candidate["params"]["collect"]["source"]["kind"]
+    return ", ".join(source["name"] for source in candidate["params"]["collect"]["sources"])
 
 
 def _stage(stage: dict[str, Any]) -> str:

@@ -150,6 +150,8 @@ class StageMixture(Strict):
     text: Annotated[float, Field(ge=0.0)] = 1.0
     interleaved: Share = 0.0
     """Share of the documents that are built from several records (stage 1)."""
+    sources: dict[str, Annotated[float, Field(ge=0.0)]] = {}
+    """Factors by source's name; `collect.sources` gives those that are not set here (`weight`)."""
 
 
 class CurriculumPhase(Strict):
@@ -229,6 +231,19 @@ class Params(Strict):
     stage2: Stage2Settings
     evaluate: EvaluateSettings = EvaluateSettings()
     register_: RegisterSettings = Field(default=RegisterSettings(), alias="register")
+
+    @model_validator(mode="after")
+    def _mixtures_know_the_sources(self) -> "Params":
+        """Gives the stages the weights of the sources, so that no prepared shard depends on them."""
+        weights = {source.name: source.weight for source in self.collect.sources if source.weight != 1.0}
+        names = {source.name for source in self.collect.sources}
+        for name in ("stage1", "stage2"):
+            stage = getattr(self, name)
+            if unknown := sorted(set(stage.mixture.sources) - names):
+                raise ValueError(f"{name}.mixture.sources names '{unknown[0]}', which is not in collect.sources")
+            mixture = stage.mixture.model_copy(update={"sources": weights | stage.mixture.sources})
+            object.__setattr__(self, name, stage.model_copy(update={"mixture": mixture}))  # settings are frozen
+        return self
 
     @model_validator(mode="after")
     def _rows_hold_every_record(self) -> "Params":

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from haplovl.data.conversation import TEMPLATES, encode, segments
+from haplovl.data.conversation import TEMPLATES, ChatTemplate, Encoder, segments
 from haplovl.data.media import Media
 from haplovl.data.validated import ValidatedRecord, read_validated
 from haplovl.errors import UserError
@@ -25,7 +25,7 @@ from haplovl.files import RAW
 from haplovl.model import HaploImageProcessor
 from haplovl.model.processing import IMAGE_TOKEN, VIDEO_TOKEN
 from haplovl.progress import reporter
-from haplovl.records import IMAGE_PLACEHOLDER
+from haplovl.records import IMAGE_PLACEHOLDER, Record
 from haplovl.settings import Params
 from haplovl.teachers import PAD_TOKEN, prepare_tokenizer, seed_everything
 
@@ -43,12 +43,13 @@ def train_language(params: Params, data: Path, target: Path) -> tuple[PreTrained
     if not records:
         raise UserError("there is no training record to train the language teacher on")
     template = TEMPLATES[params.prepare.chat_template]
-    texts = ["".join(text for _, text in segments(r, template)).replace(IMAGE_PLACEHOLDER, "") for r in records]
+    texts = [_words(record, template) for record in records]
     tokenizer = train_tokenizer(texts, settings.vocabulary, params.prepare.chat_template)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    encoder = Encoder(template, tokenizer)
     stream: list[int] = []
     for record in Random(params.seed).sample(records, len(records)):
-        stream += [token for token in encode(record, template, tokenizer).input_ids if token != image_id]
+        stream += [token for token in encoder.encode(record).input_ids if token != image_id]
     rows = torch.tensor(stream[: len(stream) // LANGUAGE_WINDOW * LANGUAGE_WINDOW]).view(-1, LANGUAGE_WINDOW)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -74,6 +75,12 @@ def train_language(params: Params, data: Path, target: Path) -> tuple[PreTrained
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return tokenizer, {"kind": "train", "parameters": model.num_parameters(), "final_loss": round(final, 4)}
+
+
+def _words(record: Record, template: ChatTemplate) -> str:
+    """What a tokenizer learns from: everything but stop tokens and pictures."""
+    text = "".join(text for kind, text in segments(record, template) if kind != "stop")
+    return text.replace(IMAGE_PLACEHOLDER, "")
 
 
 def train_tokenizer(texts: list[str], vocabulary: int, template: str) -> PreTrainedTokenizerBase:

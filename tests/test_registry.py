@@ -20,7 +20,7 @@ def write_outputs(root: Path, **types: dict) -> None:
         "metrics/evaluation.json": {"accuracy": accuracy, "types": types},
         "metrics/validation.json": {"records": 10, "quarantined": 0},
         "models/teachers/teachers.json": {"vision": {"kind": "train"}, "language": {"kind": "train"}},
-        "data/prepared/manifest.json": {"shards": []},
+        "data/prepared/manifest.json": {"shards": [], "sources": {"scenes": {"train": 10}}},
         "models/stage2/config.json": {"model_type": "haplovl"},
     }
     for name, value in files.items():
@@ -68,6 +68,7 @@ def test_a_good_candidate_passes_and_its_card_says_how_good(tmp_path, monkeypatc
     write_outputs(Path())
     register(params)
     assert candidate_of(tmp_path)["gate"] == {"passed": True, "reasons": []}
+    assert candidate_of(tmp_path)["data"]["sources"] == {"scenes": {"train": 10}}
     card = (tmp_path / "candidate/MODEL_CARD.md").read_text()
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"

@@ -10,18 +10,20 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import accumulate, count, islice
+from functools import cached_property, lru_cache
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import torch
 
 from haplovl.data.packing import Row, draw_documents, fill_rows, shortest
-from haplovl.data.prepare import read_manifest
+from haplovl.data.plans import LEAST_RECORDS, PLANS, Plan, plan_key
+from haplovl.data.prepare import index_name, read_manifest
 from haplovl.errors import UserError
 from haplovl.files import PREPARED
 from haplovl.model import HaploProcessor
@@ -32,6 +34,9 @@ from haplovl.settings import BatchSettings, CurriculumPhase, StageMixture
 IGNORE = -100
 OPEN_SHARDS = 32
 """Shards that a thread keeps open."""
+ROWS_AHEAD = 4096
+"""Rows that are packed beside every step, beyond those that it needs."""
+PLANS_IN_MEMORY = 2
 
 
 @dataclass
@@ -77,26 +82,33 @@ class PreparedRecords:
         self.processor = processor
         self._paths = [folder / shard["file"] for shard in shards]
         self._open = _OpenShards()
-        self._picture_tokens = lru_cache(maxsize=None)(processor.image_tokens)
         self._starts = [0]  # number of the first record of every shard, and of all records
-        self.kinds: list[str] = []
-        self.lengths = array("i")
-        """Tokens of every record, those of its pictures included."""
-        self.images = array("i")
-        """Pictures of every record."""
-        for path in self._paths:
-            self._add(path)
+        index = self._read_index(folder / index_name(split))
+        self.kinds: list[str] = _words(index["kind"])
+        self.sources: list[str] = _words(index["source"])
+        self.lengths, self.images = self._count(index)
+        """Tokens of every record, those of its pictures included; and its pictures."""
+        for shard in shards:
+            self._starts.append(self._starts[-1] + shard["records"])
+        if self._starts[-1] != len(self.kinds):
+            raise UserError(f"{folder} holds other records than its index; prepare the data anew")
 
-    def _add(self, path: Path) -> None:
+    @staticmethod
+    def _read_index(path: Path) -> pa.Table:
         with _naming(path):
-            table = pq.read_table(path, columns=["kind", "tokens", "sizes"])
-        columns = (table[name].to_pylist() for name in ("kind", "tokens", "sizes"))
-        for kind, tokens, sizes in zip(*columns, strict=True):
-            self.kinds.append(sys.intern(kind))
-            counts = [self._picture_tokens(h, w) for w, h in zip(sizes[0::2], sizes[1::2], strict=True)]
-            self.lengths.append(tokens + sum(counts) - len(counts))
-            self.images.append(len(counts))
-        self._starts.append(len(self.kinds))
+            return feather.read_table(path)
+
+    def _count(self, index: pa.Table) -> tuple[array, array]:
+        """The length and the pictures of every record, each size of a picture looked at once."""
+        sizes = index["sizes"].combine_chunks()
+        pictures = np.diff(sizes.offsets.to_numpy()) // 2
+        edges = sizes.flatten().to_numpy().astype(np.int64).reshape(-1, 2)
+        different, which = np.unique(edges[:, 0] << 32 | edges[:, 1], return_inverse=True)
+        extra = np.array([self.processor.image_tokens(int(s & 0xFFFFFFFF), int(s >> 32)) - 1 for s in different], int)
+        before = np.concatenate([[0], np.cumsum(extra[which])]).astype(np.int64)
+        ends = np.cumsum(pictures)
+        lengths = index["tokens"].to_numpy() + before[ends] - before[ends - pictures]
+        return array("i", lengths.astype(np.int32).tobytes()), array("i", pictures.astype(np.int32).tobytes())
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -113,7 +125,7 @@ class PreparedRecords:
         try:
             sample = self._sample(data)
             if len(sample.input_ids) != self.lengths[index]:
-                raise ValueError(f"{len(sample.input_ids)} tokens, but the shard announces {self.lengths[index]}")
+                raise ValueError(f"{len(sample.input_ids)} tokens, but the index announces {self.lengths[index]}")
         except ValueError as error:
             raise UserError(f"record '{data['id']}' in {self._paths[shard]}: {error}; prepare the data anew") from None
         return sample
@@ -132,10 +144,17 @@ class PreparedRecords:
             seen = self.processor.image_processor(pictures, return_tensors="pt")
             grids = read_grids(seen["image_grids"])
             tiles = zip(seen["pixel_values"], grids, strict=True)
-            pixels = torch.cat([picture[: grid.tiles] for picture, grid in tiles])
+            shown = [picture[: grid.tiles] for picture, grid in tiles]
+            pixels = shown[0] if len(shown) == 1 else torch.cat(shown)
         counts = [self.processor.grid_tokens(grid) for grid in grids]
         full_ids, full_labels = _expanded(ids, labels, self.processor.image_token_id, counts)
         return Sample(data["id"], full_ids, full_labels, pixels, grids)
+
+
+def _words(column: pa.ChunkedArray) -> list[str]:
+    """A column of few different words as a list that holds each of them once."""
+    coded = column.combine_chunks().dictionary_encode()
+    return np.array([*coded.dictionary.to_pylist(), ""], dtype=object)[coded.indices.to_numpy()].tolist()
 
 
 class _OpenShards(threading.local):
@@ -160,11 +179,11 @@ def _open_shard(path: Path) -> tuple[pq.ParquetFile, list[int]]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turns what pyarrow says about an unreadable shard into one sentence that names it."""
+    """Turns what pyarrow says about an unreadable file into one sentence that names it."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"the shard {path} cannot be read: {error}; prepare the data anew") from None
+        raise UserError(f"the file {path} cannot be read: {error}; prepare the data anew") from None
 
 
 def _expanded(ids: list[int], labels: list[int], image_id: int, counts: list[int]) -> tuple[list[int], list[int]]:
@@ -207,35 +226,75 @@ class PackedLoader:
         self.micro_rows = micro
         self.waited = 0.0
         """Seconds that the latest step of `steps` kept its caller waiting."""
-        self._rest = (self._every_step(), 0)  # the steps that are not packed yet, and the number of the first
+        self._phases = [*(phase.epochs for phase in curriculum), None]  # epochs of each; the last one goes on
+        self._plans: dict[int, Plan] = {}
+        self._steps: dict[int, int] = {}
+        """Steps of the epochs that begin a phase, as far as they were counted."""
 
     def rows_of_step(self, step: int) -> list[Row]:
-        """All rows of a step (counted from 0), over all ranks. Going forward, only what lies between is packed."""
-        steps, first = self._rest
-        if step < first:
-            steps, first = self._every_step(), 0
-        self._rest = (self._every_step(), 0)  # for whoever asks again after an error
-        rows = next(islice(steps, step - first, None))
-        self._rest = (steps, step + 1)
-        return rows
+        """All rows of a step (counted from 0), over all ranks.
 
-    def _every_step(self) -> Iterator[list[Row]]:
-        """The steps of one epoch after the other; what is left of an epoch and makes no whole step is dropped."""
-        for epoch in count():
-            rows = self._rows_of_epoch(epoch)
-            taken = list(islice(rows, self.batch.rows))
-            if len(taken) < self.batch.rows:
-                raise UserError(f"one epoch fills {len(taken)} rows, fewer than the {self.batch.rows} of one step")
-            while len(taken) == self.batch.rows:
-                yield taken
-                taken = list(islice(rows, self.batch.rows))
+        Takes the same time at every position: at most one epoch of every phase that began, and the step's own, are
+        packed, and those that were packed before, now or in an earlier run, are only read.
+        """
+        epoch, number = self._place(step)
+        plan, rows = self._plan(epoch), self.batch.rows
+        first = number * rows
+        # An epoch with fewer rows than the first one of its phase ends with its own first rows.
+        return [plan.row(row if plan.has(row + 1) else row % len(plan)) for row in range(first, first + rows)]
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and which of its steps it is.
+
+        All epochs of a phase have as many steps as its first one, whose last rows are dropped if they make no step:
+        so earlier epochs need not be counted.
+        """
+        epoch = 0
+        for epochs in self._phases:
+            if epoch not in self._steps and self._plan(epoch).has((step + 1) * self.batch.rows):
+                return epoch, step
+            steps = self._count(epoch)
+            if epochs is None or step < steps * epochs:
+                return epoch + step // steps, step % steps
+            epoch, step = epoch + epochs, step - steps * epochs
+        raise AssertionError("the last phase goes on")
+
+    def _count(self, epoch: int) -> int:
+        if epoch not in self._steps:
+            plan = self._plan(epoch)
+            plan.has(sys.maxsize)
+            if len(plan) < self.batch.rows:
+                raise UserError(f"one epoch fills {len(plan)} rows, fewer than the {self.batch.rows} of one step")
+            self._steps[epoch] = len(plan) // self.batch.rows
+        return self._steps[epoch]
+
+    def _pack_ahead(self) -> None:
+        """Packs more of the newest epoch than is needed yet: soon all of it is kept, where a killed run finds it."""
+        plan = self._plans[max(self._plans)]
+        plan.has(len(plan) + ROWS_AHEAD)
+
+    def _plan(self, epoch: int) -> Plan:
+        if epoch not in self._plans:
+            for old in sorted(self._plans)[: 1 - PLANS_IN_MEMORY or None]:
+                self._plans.pop(old).has(sys.maxsize)  # whole epochs are kept for the next run, others are not
+            path = PLANS / self._key / f"{epoch}.npy" if len(self.records) >= LEAST_RECORDS else None
+            self._plans[epoch] = Plan(lambda: self._rows_of_epoch(epoch), path)
+        return self._plans[epoch]
+
+    @cached_property
+    def _key(self) -> str:
+        records, batch = self.records, self.batch
+        columns = (records.kinds, records.lengths, records.images, getattr(records, "sources", ()))
+        settings = (batch.row_tokens, batch.row_images, batch.lookahead, self.mixture.model_dump(), self._shares)
+        return plan_key(columns, [self.seed, *settings])
 
     def _rows_of_epoch(self, epoch: int) -> Iterator[Row]:
         records, tokens, images = self.records, self.batch.row_tokens, self.batch.row_images
         kinds, lengths, pictures = records.kinds, records.lengths, records.images
         allowed = shortest(lengths, self._shares[epoch]) if epoch < len(self._shares) else None
         drawn_by = (self.mixture, tokens, self.seed, epoch, allowed)
-        documents = draw_documents(kinds, lengths, *drawn_by, pictures, images)
+        sources = getattr(records, "sources", None)
+        documents = draw_documents(kinds, lengths, *drawn_by, pictures, images, sources)
         try:
             return fill_rows(documents, lengths, tokens, self.batch.lookahead, pictures, images)
         except ValueError as error:
@@ -262,6 +321,7 @@ class PackedLoader:
             for step in range(start, stop):
                 # One thread packs, in order: an epoch's rows follow from those before.
                 rows = packer.submit(self.rows_of_step, step)
+                packer.submit(self._pack_ahead)
                 for number in range(self.micro_batches):
                     yield decoders.submit(lambda rows=rows, number=number: self._micro_batch(rows.result(), number))
 

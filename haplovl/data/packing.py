@@ -26,25 +26,37 @@ def draw_documents(
     allowed: Sequence[int] | None = None,
     images: Sequence[int] | None = None,
     row_images: int | None = None,
+    sources: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """One epoch's documents in training order, each a list of record indices.
 
-    A kind of weight w occurs w times per epoch (the fraction by lot). A share of the documents, `interleaved`, joins
-    up to three records that together fit a row: sequences that interleave several images and texts. `allowed` limits
-    the epoch to some records; `images` are the pictures of every record, which `row_images` bounds in a row.
+    A record occurs as often per epoch as its kind's weight times its source's says (the fraction by lot). A share of
+    the documents, `interleaved`, joins up to three records that together fit a row: sequences that interleave several
+    images and texts. `allowed` limits the epoch to some records; `images` are the pictures of every record, which
+    `row_images` bounds in a row; `sources` are the records' sources.
     """
     random = Random(f"documents-{seed}-{epoch}")
     weights = {"instruction": mixture.instruction, "caption": mixture.caption, "text": mixture.text}
-    chosen = []
+    factors = mixture.sources if sources is not None else {}
+    chosen, lot = [], random.random
     for index in range(len(kinds)) if allowed is None else allowed:
         weight = weights[kinds[index]]
-        chosen += [index] * (int(weight) + int(random.random() < weight - int(weight)))
+        if factors:
+            weight *= factors.get(sources[index], 1.0)
+        whole = int(weight)
+        times = whole + (lot() < weight - whole)
+        if times == 1:
+            chosen.append(index)
+        elif times:
+            chosen += [index] * times
     random.shuffle(chosen)
+    if not mixture.interleaved:
+        return [[index] for index in chosen]
     documents, position = [], 0
     while position < len(chosen):
         document = [chosen[position]]
         position += 1
-        if mixture.interleaved and random.random() < mixture.interleaved:
+        if random.random() < mixture.interleaved:
             while position < len(chosen) and len(document) < RECORDS_PER_INTERLEAVED:
                 joined = [*document, chosen[position]]
                 if sum(lengths[index] for index in joined) > row_tokens:

@@ -1,147 +1,269 @@
-"""Validated records to Parquet shards of token ids, label spans and encoded pictures; the manifest is written last."""
+"""Validated records to Parquet shards of token ids, label spans and encoded pictures; the manifest is written last.
 
+Shards are made by several processes and kept in runs/cache/prepare under a name that follows from everything that they
+are made from. Preparing again makes only the shards whose records, or whose settings, changed.
+"""
+
+import hashlib
+import json
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.feather as feather
 
-from haplovl.data.conversation import TEMPLATES, encode
-from haplovl.data.media import Media
+from haplovl.data import conversation, shards
+from haplovl.data.cache import CACHE, take, trim
+from haplovl.data.shards import ShardMaker
 from haplovl.data.validated import ValidatedRecord, read_validated
+from haplovl.data.workers import in_order
+from haplovl.data_settings import PrepareSettings
 from haplovl.errors import UserError
-from haplovl.files import PREPARED, RAW, TEACHERS, VALIDATED, read_json, require, sha256_of, whole_folder, write_json
+from haplovl.files import (
+    PREPARED,
+    TEACHERS,
+    VALIDATED,
+    read_json,
+    require,
+    sha256_of,
+    sha256_of_folder,
+    whole_folder,
+    write_json,
+)
 from haplovl.model import HaploProcessor
 from haplovl.records import SPLITS, write_jsonl
-from haplovl.settings import Params
+from haplovl.settings import Params, fingerprint
 
-SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "kind": pa.string(),
-        "source": pa.string(),
-        "input_ids": pa.list_(pa.int32()),
-        "spans": pa.list_(pa.int32()),
-        "images": pa.list_(pa.binary()),
-        "sizes": pa.list_(pa.int32()),
-        "tokens": pa.int32(),
-        "supervised": pa.int32(),
-    }
-)
-"""One row per record: ids with one placeholder per image, spans as start, stop, start, stop …, pictures as encoded
-files, their width and height, and the record's tokens (placeholders counted once) and supervised tokens."""
+KEPT = CACHE / "prepare"
+FEW_RECORDS = 16_384
+"""New records up to which this process works alone: others would take longer to start than to help."""
+CACHE_FACTOR = 2
+"""Most bytes of kept shards, in multiples of those that the last run used: room for a second set of settings."""
+PACKAGES = ("tokenizers", "transformers", "pyarrow", "pillow")
+COUNTS = ("records", "tokens", "supervised", "images")
 
-ROW_GROUP = 16
-"""Records of a shard that are read together: training reads them one by one, in random order."""
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive records of one split that become one shard, and the key that follows from all it is made from."""
+
+    split: str
+    key: str
+    items: list[ValidatedRecord]
 
 
 def prepare(params: Params) -> None:
     """Writes data/prepared/: shards per split, what was refused and why, and the manifest.
 
     Raises:
-        UserError: validated data or teachers are missing, or no training record is left.
+        UserError: validated data or teachers are missing, a picture changed since it was validated, or no training
+            record is left.
     """
     require(VALIDATED, "validate")
-    processor = HaploProcessor.from_pretrained(require(TEACHERS / "processor", "teachers"))
+    place = require(TEACHERS / "processor", "teachers")
+    KEPT.mkdir(parents=True, exist_ok=True)
+    made = _Made()
+    recipe = _recipe(place, params.prepare)
+    blocks = made.missing(cut(read_validated(VALIDATED), params.prepare.records_per_shard, recipe))
+    for key in _make(blocks, _Worker(place, params.prepare)):
+        made.new.add(key)
     with whole_folder(PREPARED) as folder:
-        refused: list[dict[str, Any]] = []
-        shards = [
-            shard
-            for split in SPLITS
-            for shard in _write_split(folder, split, _rows(split, processor, params, refused), params)
-        ]
-        if not any(shard["split"] == "train" for shard in shards):
-            why = Counter(row["reason"] for row in refused).most_common(1)
-            reason = f"; most were refused because: {why[0][0]}" if why else ""
-            raise UserError(f"no training record is left after preparation{reason}")
-        write_jsonl(folder / "quarantine.jsonl", refused)
-        write_json(folder / "manifest.json", _manifest(shards, refused, params))
-    total = sum(shard["records"] for shard in shards)
-    print(f"prepared {total} records in {len(shards)} shards, {len(refused)} refused -> {PREPARED}")
+        manifest = _assemble(folder, made, params)
+        write_json(folder / "manifest.json", manifest)
+    used = {path for _, key in made.order for path in _kept(key)}
+    trim(KEPT, CACHE_FACTOR * sum(path.stat().st_size for path in used if path.exists()), used)
+    totals, refused = manifest["totals"].values(), sum(manifest["refused"].values())
+    new = sum(1 for _, key in made.order if key in made.new)
+    print(
+        f"prepared {sum(total['records'] for total in totals)} records in {len(manifest['shards'])} shards, "
+        f"{refused} refused; {new} of {len(made.order)} blocks were new -> {PREPARED}"
+    )
 
 
-def _rows(
-    split: str, processor: HaploProcessor, params: Params, refused: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """Encodes the records of a split; those that cannot be trained on go to `refused` with the reason."""
-    template = TEMPLATES[params.prepare.chat_template]
-    limit = params.prepare.max_tokens
-    media = Media(RAW)
-    for item in read_validated(VALIDATED, split=split):
-        encoded = encode(item.record, template, processor.tokenizer)
-        pictures = sum(processor.image_tokens(image.height, image.width) - 1 for image in item.images)
-        expanded = len(encoded.input_ids) + pictures
-        if expanded > limit:
-            reason = "longer than prepare.max_tokens"
-            refused.append({"id": item.record.id, "reason": reason, "tokens": expanded, "limit": limit})
-        elif not encoded.supervised:
-            refused.append({"id": item.record.id, "reason": "no supervised token"})
-        else:
-            yield _row(item, media, encoded.input_ids, encoded.spans, encoded.supervised)
+def cut(items: Iterable[ValidatedRecord], most: int, recipe: str) -> Iterator[Block]:
+    """Cuts the records of every split into blocks of at most `most`.
+
+    Blocks end after records whose hash says so, not after a number of records: where records are added or removed, the
+    cuts behind them stay where they were, as in content-defined chunking (LBFS, SOSP 2001).
+    """
+    least, mean = max(1, most // 4), max(1, most // 2)
+    open_blocks: dict[str, tuple[list[ValidatedRecord], Any]] = {}
+    for item in items:
+        split = item.record.split
+        records, key = open_blocks.setdefault(split, ([], hashlib.sha256(recipe.encode())))
+        digest = _digest(item)
+        key.update(digest)
+        records.append(item)
+        ends = len(records) >= least and int.from_bytes(digest[:8], "big") % mean == 0
+        if ends or len(records) == most:
+            yield Block(split, key.hexdigest(), records)
+            del open_blocks[split]
+    for split in SPLITS:
+        if split in open_blocks:
+            records, key = open_blocks[split]
+            yield Block(split, key.hexdigest(), records)
 
 
-def _row(
-    item: ValidatedRecord, media: Media, ids: list[int], spans: list[tuple[int, int]], supervised: int
-) -> dict[str, Any]:
-    return {
-        "id": item.record.id,
-        "kind": item.record.kind,
-        "source": item.source,
-        "input_ids": ids,
-        "spans": [edge for span in spans for edge in span],
-        "images": [media.read(item.source, image.path) for image in item.images],
-        "sizes": [edge for image in item.images for edge in (image.width, image.height)],
-        "tokens": len(ids),
-        "supervised": supervised,
-    }
+def _digest(item: ValidatedRecord) -> bytes:
+    record = item.record
+    turns = [[turn.question, turn.answer, turn.kind] for turn in record.turns]
+    images = [[image.path, image.sha256, image.width, image.height] for image in item.images]
+    content = [record.id, record.split, record.system, item.source, turns, images]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).digest()
 
 
-def _write_split(folder: Path, split: str, rows: Iterator[dict[str, Any]], params: Params) -> list[dict[str, Any]]:
-    shards, batch = [], []
-
-    def flush() -> None:
-        path = folder / f"{split}-{len(shards):05d}.parquet"
-        table = pa.Table.from_pylist(batch, schema=SCHEMA)
-        pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
-        shards.append(
-            {
-                "file": path.name,
-                "split": split,
-                "records": len(batch),
-                "tokens": sum(row["tokens"] for row in batch),
-                "supervised": sum(row["supervised"] for row in batch),
-                "images": sum(len(row["images"]) for row in batch),
-                "sha256": sha256_of(path),
-            }
-        )
-        batch.clear()
-
-    for row in rows:
-        batch.append(row)
-        if len(batch) == params.prepare.records_per_shard:
-            flush()
-    if batch:
-        flush()
-    return shards
-
-
-def _manifest(shards: list[dict[str, Any]], refused: list[dict[str, Any]], params: Params) -> dict[str, Any]:
-    totals = {
-        split: {
-            name: sum(shard[name] for shard in shards if shard["split"] == split)
-            for name in ("records", "tokens", "supervised", "images")
+def _recipe(processor: Path, settings: PrepareSettings) -> str:
+    """Fingerprint of all but the records: tokenizer, picture sizes, settings, template, code and packages."""
+    return fingerprint(
+        {
+            "processor": sha256_of_folder(processor),
+            "settings": settings.model_dump(mode="json", exclude={"records_per_shard"}),
+            "template": asdict(conversation.TEMPLATES[settings.chat_template]),
+            "code": [sha256_of(Path(str(module.__file__))) for module in (conversation, shards)],
+            "packages": {name: version(name) for name in PACKAGES},
         }
-        for split in SPLITS
-    }
+    )
+
+
+def _kept(key: str) -> tuple[Path, Path, Path]:
+    """Where a block's shard, its index and its facts are kept; the facts are written last."""
+    return tuple(KEPT / key[:2] / f"{key}.{kind}" for kind in ("parquet", "arrow", "json"))
+
+
+class _Made:
+    """What is kept of earlier runs, and the blocks of this one in their order."""
+
+    def __init__(self) -> None:
+        self.order: list[tuple[str, str]] = []
+        self.new: set[str] = set()
+
+    def missing(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        """Notes the order of the blocks and yields those that no earlier run made, or whose file was damaged."""
+        for block in blocks:
+            self.order.append((block.split, block.key))
+            if not _is_whole(block.key):
+                yield block
+
+
+def _is_whole(key: str) -> bool:
+    """Whether a block is kept, and its shard as it was written: it may be the file in data/prepared/, too."""
+    shard, index, facts = _kept(key)
+    if not facts.exists():
+        return False
+    found = read_json(facts)
+    return not found["records"] or (index.exists() and shard.exists() and sha256_of(shard) == found["sha256"])
+
+
+class _Worker:
+    """Makes a block's shard in the cache; sent to every process, where it loads the processor once."""
+
+    def __init__(self, processor: Path, settings: PrepareSettings) -> None:
+        self._place, self._settings = processor, settings
+        self._maker: ShardMaker | None = None
+
+    def __call__(self, task: list[Block]) -> str:
+        # The processes share the cores; the tokenizer's own threads would only get in their way.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        if self._maker is None:
+            self._maker = ShardMaker(HaploProcessor.from_pretrained(self._place), self._settings)
+        (block,) = task
+        shard, index, facts = _kept(block.key)
+        facts.unlink(missing_ok=True)
+        shard.parent.mkdir(parents=True, exist_ok=True)
+        # Never written into: the old file may be the one in data/prepared/, or in DVC's cache.
+        shard.unlink(missing_ok=True)
+        write_json(facts, self._maker.write(block.items, shard, index))
+        return block.key
+
+
+def _make(blocks: Iterator[Block], worker: _Worker) -> Iterator[str]:
+    """Makes the blocks' shards: a few in this process, more in several; yields their keys in order."""
+    first, records = [], 0
+    for block in blocks:
+        first.append(block)
+        records += len(block.items)
+        if records > FEW_RECORDS:
+            tasks = ([block] for block in chain(first, blocks))
+            yield from in_order(worker, tasks, _crashed)
+            return
+    for block in first:
+        yield worker([block])
+
+
+def _crashed(block: Block) -> str:
+    ids = f"'{block.items[0].record.id}' to '{block.items[-1].record.id}'"
+    raise UserError(f"a process died while it prepared the records {ids}; is there enough memory?")
+
+
+def _assemble(folder: Path, made: _Made, params: Params) -> dict[str, Any]:
+    """Links the kept shards into `folder`, writes what was refused, and returns the manifest."""
+    listed: list[dict[str, Any]] = []
+    refused: Counter[str] = Counter()
+    indexes: dict[str, list[pa.Table]] = {split: [] for split in SPLITS}
+    shortened = 0
+
+    def refusals() -> Iterator[dict[str, Any]]:
+        nonlocal shortened
+        for split in SPLITS:
+            number = 0
+            for key in (key for own, key in made.order if own == split):
+                shard, index, facts = _kept(key)
+                found = read_json(facts)
+                rows, shortened = found.pop("refused"), shortened + found.pop("shortened")
+                refused.update(row["reason"] for row in rows)
+                yield from rows
+                if found["records"]:
+                    name = f"{split}-{number:05d}.parquet"
+                    take(shard, folder / name)
+                    listed.append({"file": name, "split": split, **found})
+                    indexes[split].append(feather.read_table(index))
+                    number += 1
+                    os.utime(index)
+                os.utime(facts)
+
+    write_jsonl(folder / "quarantine.jsonl", refusals())
+    if not any(shard["split"] == "train" for shard in listed):
+        why = refused.most_common(1)
+        reason = f"; most were refused because: {why[0][0]}" if why else ""
+        raise UserError(f"no training record is left after preparation{reason}")
+    for split, tables in indexes.items():
+        if tables:
+            feather.write_feather(pa.concat_tables(tables), folder / index_name(split), compression="zstd")
     return {
         "chat_template": params.prepare.chat_template,
         "tokenizer_sha256": sha256_of(TEACHERS / "processor" / "tokenizer.json"),
-        "totals": totals,
-        "refused": dict(Counter(row["reason"] for row in refused)),
-        "shards": shards,
+        "totals": {split: _totals(shard for shard in listed if shard["split"] == split) for split in SPLITS},
+        "sources": _by_source(listed),
+        "refused": dict(refused),
+        "shortened": shortened,
+        "shards": listed,
     }
+
+
+def index_name(split: str) -> str:
+    """File of the prepared data that holds the index of a split: `shards.INDEX` of all its records, in order."""
+    return f"index-{split}.arrow"
+
+
+def _totals(listed: Iterable[dict[str, Any]]) -> dict[str, int]:
+    chosen = list(listed)
+    return {name: sum(shard[name] for shard in chosen) for name in COUNTS}
+
+
+def _by_source(listed: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Records of every source in every split."""
+    found: dict[str, dict[str, int]] = {}
+    for shard in listed:
+        for source, records in shard["sources"].items():
+            splits = found.setdefault(source, dict.fromkeys(SPLITS, 0))
+            splits[shard["split"]] += records
+    return dict(sorted(found.items()))
 
 
 def read_manifest(folder: Path = PREPARED) -> dict[str, Any]:

@@ -34,14 +34,17 @@ def project(tmp_path, monkeypatch, processor, request):
     rows = []
     for n in range(60):
         names = tuple(f"{n}-{i}.png" for i in range(n % 3))
+        hashes = {}
         for i, name in enumerate(names):
             Image.new("RGB", (32, 32), (n * 4, 100 * i, 50)).save(RAW / "a/media" / name)
+            hashes[name] = sha256_of(RAW / "a/media" / name)
         turns = (
             Turn("<image>" * len(names) + "Where is the 3?", "top left"),
             Turn("Is there a 7?", "yes" * (n % 2 + 1)),
         )
         record = Record(f"r{n}", names, turns, split="train" if n < 50 else "test")
-        rows.append(ValidatedRecord(record, tuple(ImageFile(f"file:{name}", "0", 32, 32) for name in names), "a"))
+        images = tuple(ImageFile(f"file:{name}", hashes[name], 32, 32) for name in names)
+        rows.append(ValidatedRecord(record, images, "a"))
     write_validated(VALIDATED, rows)
     processor.save_pretrained(TEACHERS / "processor")
     return params
@@ -229,7 +232,7 @@ def rewrite(column, change, record="r4"):
         ("images", lambda images: [None], "0 pictures for 1 image placeholders"),
         ("images", lambda images: [], "0 pictures for 1 image placeholders"),
         ("images", lambda images: images * 2, "2 pictures for 1 image placeholders"),
-        ("sizes", lambda sizes: sizes * 2, "[0-9]+ tokens, but the shard announces"),
+        ("input_ids", lambda ids: ids + ids[-1:], "[0-9]+ tokens, but the index announces"),
     ],
 )
 def test_a_picture_that_cannot_be_used_is_named_with_its_record_and_shard(project, processor, column, change, reason):
@@ -245,10 +248,13 @@ def test_a_picture_that_cannot_be_used_is_named_with_its_record_and_shard(projec
 def test_a_damaged_shard_is_named(project, processor):
     prepare(project)
     records = PreparedRecords("train", processor)
-    path = PREPARED / "train-00000.parquet"
-    path.write_bytes(path.read_bytes()[:-100])
-    for read in (lambda: records[0], lambda: PreparedRecords("train", processor)):
-        with pytest.raises(UserError, match=r"the shard data/prepared/train-00000\.parquet cannot be read"):
+    for name, read in (
+        ("train-00000.parquet", lambda: records[0]),
+        ("index-train.arrow", lambda: PreparedRecords("train", processor)),
+    ):
+        path = PREPARED / name
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(UserError, match=rf"the file data/prepared/{name} cannot be read"):
             read()
 
 

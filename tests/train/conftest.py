@@ -22,7 +22,7 @@ from transformers import (
 
 from haplovl.data.loader import IGNORE, Batch
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
-from haplovl.files import RAW, VALIDATED
+from haplovl.files import RAW, VALIDATED, sha256_of
 from haplovl.model import HaploForConditionalGeneration
 from haplovl.model.import_released import import_released
 from haplovl.model.inherit import inherit
@@ -143,7 +143,8 @@ def write_records(folder):
             rows.append(ValidatedRecord(record, (), "a"))
             continue
         Image.new("RGB", (32, 32), (n * 2, 255 - n * 2, n)).save(folder / RAW / "a/media" / f"{n}.png")
+        digest = sha256_of(folder / RAW / "a/media" / f"{n}.png")
         turns = (Turn("<image>\nWhere is the 3?", "top left"), Turn("Is there a 7?", "yes" if n % 2 else "no"))
         record = Record(f"r{n}", (f"file:{n}.png",), turns, split=split)
-        rows.append(ValidatedRecord(record, (ImageFile(f"file:{n}.png", "0", 32, 32),), "a"))
+        rows.append(ValidatedRecord(record, (ImageFile(f"file:{n}.png", digest, 32, 32),), "a"))
     write_validated(folder / VALIDATED, rows)

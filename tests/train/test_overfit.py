@@ -13,7 +13,7 @@ from PIL import Image
 
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
 from haplovl.errors import UserError
-from haplovl.files import RAW, VALIDATED
+from haplovl.files import RAW, VALIDATED, sha256_of
 from haplovl.records import Record, Turn
 from haplovl.settings import StageMixture
 from haplovl.train.overfit import FirstRecords, Verdict, in_words
@@ -52,9 +52,10 @@ def project(tmp_path_factory, vision, language, processor, tiny_model_dir, reque
     pictures = noise.integers(0, 255, (9, 32, 32, 3)).astype(np.uint8)
     for n in range(10):
         Image.fromarray(pictures[min(n, 8)]).save(folder / RAW / "a/media" / f"{n}.png")
+        digest = sha256_of(folder / RAW / "a/media" / f"{n}.png")
         turns = (Turn("<image>\nWhich digit is red?", answers[n % len(answers)]),)
         record = Record(f"r{n}", (f"file:{n}.png",), turns, split="train")
-        rows.append(ValidatedRecord(record, (ImageFile(f"file:{n}.png", "0", 32, 32),), "a"))
+        rows.append(ValidatedRecord(record, (ImageFile(f"file:{n}.png", digest, 32, 32),), "a"))
     write_validated(folder / VALIDATED, rows)
     vision.save_pretrained(folder / "models/teachers/vision")
     language.save_pretrained(folder / "models/teachers/language")
