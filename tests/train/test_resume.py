@@ -11,6 +11,7 @@ from random import Random
 import pytest
 import torch
 import yaml
+from run_state import being_written, complete
 from safetensors.torch import load_file
 
 from haplovl.files import sha256_of
@@ -53,23 +54,6 @@ def train(folder, profile="one", *more, stage="stage1"):
 
 def weights_of(folder):
     return sha256_of(folder / "models/stage1/model.safetensors")
-
-
-def complete(folder):
-    """Steps of all complete checkpoints."""
-    found = {}
-    for marker in folder.glob("runs/training/*/step-*/rank-*.json"):
-        try:
-            found.setdefault(marker.parent.name, []).append(json.loads(marker.read_text())["world"])
-        except (OSError, ValueError):
-            continue  # being replaced or pruned
-    return {int(name.removeprefix("step-")) for name, worlds in found.items() if len(worlds) == worlds[0]}
-
-
-def being_written(folder):
-    """Whether a rank's file is there without its marker."""
-    files = list(folder.glob("runs/training/*/step-*/rank-*.safetensors"))
-    return any(not path.with_suffix(".json").exists() for path in files)
 
 
 def kill_once(folder, profile, random, while_writing):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from run_state import complete
 from safetensors.torch import load_file
 
 from haplovl.files import sha256_of
@@ -65,7 +66,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(project, trained, t
     folder = copy_of(project, tmp_path)
     process = subprocess.Popen([sys.executable, "-m", "haplovl", "train", "stage1"], cwd=folder, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while not list(folder.glob("runs/training/*/step-*/rank-*.json")):
+    while not complete(folder):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -85,7 +86,7 @@ def test_bf16_resumes_to_the_same_bytes(project, trained, tmp_path):
     broken = copy_of(straight, tmp_path / "broken")
     assert haplovl("train", "stage1", cwd=straight).returncode == 0
     process = subprocess.Popen([sys.executable, "-m", "haplovl", "train", "stage1"], cwd=broken, stdout=subprocess.PIPE)
-    while not list(broken.glob("runs/training/*/step-*/rank-*.json")):
+    while not complete(broken):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -98,7 +99,7 @@ def test_bf16_resumes_to_the_same_bytes(project, trained, tmp_path):
 def test_sigterm_writes_a_checkpoint_and_a_damaged_one_is_passed_over(project, trained, tmp_path):
     folder = copy_of(project, tmp_path)
     process = subprocess.Popen([sys.executable, "-m", "haplovl", "train", "stage1"], cwd=folder, stdout=subprocess.PIPE)
-    while not list(folder.glob("runs/training/*/step-*/rank-*.json")):
+    while not complete(folder):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
