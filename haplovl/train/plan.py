@@ -20,7 +20,7 @@ from haplovl.train.engine import DTYPES
 from haplovl.train.flops import Flops, StepFlops, Work
 from haplovl.train.memory import DeviceMemory, Holdings, device_memory
 from haplovl.train.meta_run import Footprint, checkpointing, run_on_meta
-from haplovl.train.objectives import Distillation, InstructionTuning
+from haplovl.train.objectives import Distillation, NextToken
 
 ASSUMED_UTILISATION = 0.4
 """Share of the device's peak at which its operations are assumed to run, where no run has measured it."""
@@ -136,7 +136,7 @@ def dry_run(
             objective = Distillation(model, blueprint.vision, settings.vision_layer, settings.temperature)
         objective.frozen_to(torch.device("meta"), dtype)
     else:
-        objective = InstructionTuning(model)
+        objective = NextToken(model)
     parameters = {id(p): p for p in objective.parameters()}
     own = {id(p) for p in model.parameters()}
     words, held = model.get_input_embeddings().weight, 0

@@ -10,7 +10,7 @@ from haplovl.data.loader import IGNORE, Batch
 from haplovl.model.layout import single_tile
 from haplovl.model.media import Media
 from haplovl.train.flops import StepFlops, Work, attended_pairs
-from haplovl.train.objectives import Distillation, InstructionTuning
+from haplovl.train.objectives import Distillation, NextToken
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def _as_computed(batch: Batch, work: Work) -> Work:
 def test_stage2_equals_what_torch_counts(model, batch):
     model.set_attn_implementation({"": "eager", "text_config": "eager"})
     with FlopCounterMode(display=False) as forward:
-        loss = InstructionTuning(model)(batch)["loss"]
+        loss = NextToken(model)(batch)["loss"]
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     flops = StepFlops.stage2(model).of(_as_computed(batch, Work.of(batch, model.config)))

@@ -10,7 +10,7 @@ from haplovl.settings import ComputeProfile, HubTeacher, LoraSettings, load_comp
 from haplovl.train.blueprint import Blueprint, find_teachers, typical_rows
 from haplovl.train.memory import Holdings, device_memory
 from haplovl.train.meta_run import Footprint, run_on_meta
-from haplovl.train.objectives import InstructionTuning
+from haplovl.train.objectives import NextToken
 from haplovl.train.plan import dry_run, plan_stage
 from haplovl.train.plan_table import print_plan
 
@@ -91,7 +91,7 @@ def test_the_meta_run_counts_what_a_real_run_keeps(model, processor):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        InstructionTuning(real)(rows)["loss"]
+        NextToken(real)(rows)["loss"]
     saved = sum(size for key, size in kept.items() if key not in weights)
     assert saved <= footprint.activations + footprint.logits <= 1.5 * saved
 
@@ -128,7 +128,7 @@ def test_a_wrong_objective_fails_on_the_meta_device(model):
     rows = typical_rows(blueprint.model.config, params, params.stage2, 1)
     blueprint.model.lm_head = torch.nn.Linear(blueprint.model.config.text_config.hidden_size + 1, 10, device="meta")
     with pytest.raises(RuntimeError, match="193"):
-        run_on_meta(InstructionTuning(blueprint.model), rows, 512)
+        run_on_meta(NextToken(blueprint.model), rows, 512)
 
 
 def test_a_step_that_cannot_be_split_is_refused():

@@ -1,0 +1,59 @@
+"""A recipe is data: a file of recipes/ that says what differs from params.yaml."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from haplovl.settings import PARAMS_FILE, Params
+from haplovl.strict import SettingsError, read_settings, validate_settings
+
+RECIPES = Path("recipes")
+REPLACED = ("mixture", "curriculum", "sources", "rate_factors")
+"""Settings that a recipe gives whole: half of a mixture means nothing. So is a stage with another objective."""
+
+
+def recipe_files() -> dict[str, Path]:
+    """The files of recipes/ and its folders, by the recipe's name (`ablations/…` for those below)."""
+    return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in sorted(RECIPES.rglob("*.yaml"))}
+
+
+def load_recipe(name: str, seed: int | None = None, params: Path = PARAMS_FILE) -> Params:
+    """params.yaml with what the recipe changes, and with another seed where one is given.
+
+    Raises:
+        SettingsError: no such recipe, or the two do not fit together.
+    """
+    files = recipe_files()
+    if name not in files:
+        near = difflib.get_close_matches(name, files, n=1, cutoff=0.0)
+        hint = f"; did you mean '{near[0]}'?" if near else f"; there are none in {RECIPES}/"
+        raise SettingsError(f"no recipe '{name}'{hint}")
+    merged = merge(read_settings(params), read_settings(files[name]))
+    if seed is not None:
+        merged["seed"] = seed
+    return validate_settings(merged, files[name], Params)
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` on top, section by section; some settings are replaced as a whole, see REPLACED."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = base.get(key)
+        whole = key in REPLACED or not isinstance(value, dict) or not isinstance(old, dict)
+        other_objective = isinstance(value, dict) and value.get("objective", _objective(old)) != _objective(old)
+        merged[key] = value if whole or other_objective else merge(old, value)
+    return merged
+
+
+def _objective(section: Any) -> str | None:
+    return section.get("objective") if isinstance(section, dict) else None
+
+
+def write_params(params: Params, target: Path) -> None:
+    """Writes settings as a params.yaml, whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(params.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"compare"}), sort_keys=False)
+    if not target.exists() or target.read_text(encoding="utf-8") != text:
+        target.write_text(text, encoding="utf-8")
