@@ -17,10 +17,12 @@ from haplovl.strict import SettingsError, Strict, load_strict
 from haplovl.training_settings import (  # noqa: F401  (settings of all rooms are imported from here)
     BatchSettings,
     CurriculumPhase,
+    DistillationLosses,
     DistillationSettings,
     LoraSettings,
     NoStageSettings,
     OptimizerSettings,
+    Part,
     PretrainingSettings,
     Stage1Settings,
     Stage2Settings,

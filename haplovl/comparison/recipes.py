@@ -54,6 +54,8 @@ def _objective(section: Any) -> str | None:
 def write_params(params: Params, target: Path) -> None:
     """Writes settings as a params.yaml, whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(params.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"compare"}), sort_keys=False)
+    text = yaml.safe_dump(
+        params.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"compare"}), sort_keys=False
+    )
     if not target.exists() or target.read_text(encoding="utf-8") != text:
         target.write_text(text, encoding="utf-8")

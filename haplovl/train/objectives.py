@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from haplovl.data.loader import IGNORE, Batch
 from haplovl.model import HaploForConditionalGeneration
 from haplovl.model.embedding import merge_tiles
-from haplovl.training_settings import DistillationLosses
+from haplovl.settings import DistillationLosses
 from haplovl.train.losses import summed_cross_entropy
+
+ALL_LOSSES = DistillationLosses()
 
 
 class Objective(Protocol):
@@ -72,7 +74,7 @@ class Distillation(nn.Module):
         vision_teacher: PreTrainedModel,
         vision_layer: int,
         temperature: float,
-        losses: DistillationLosses = DistillationLosses(),
+        losses: DistillationLosses = ALL_LOSSES,
     ) -> None:
         super().__init__()
         core = model.model

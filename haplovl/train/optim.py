@@ -6,8 +6,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from haplovl.settings import OptimizerSettings
-from haplovl.training_settings import Part
+from haplovl.settings import OptimizerSettings, Part
 
 
 def part_of(name: str) -> str | None:

@@ -118,4 +118,6 @@ def test_each_way_to_fail_names_what_to_look_at():
     flat = in_words("stage2", AIMS["next token"], Verdict(False, 500, 5.0, 4.9, names), 2e-5)
     assert "hardly fell" in flat and "2e-05" in flat and "and 4 more" in flat
     assert "no finite number" in in_words("stage2", AIMS["next token"], Verdict(False, 3, 5.0, math.nan, names), 2e-5)
-    assert "stood still at a level" in in_words("stage1", AIMS["distillation"], Verdict(False, 500, 1.0, 0.3, names), 2e-5)
+    assert "stood still at a level" in in_words(
+        "stage1", AIMS["distillation"], Verdict(False, 500, 1.0, 0.3, names), 2e-5
+    )
