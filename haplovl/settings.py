@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from haplovl.data_settings import CollectSettings, PositiveFloat, PositiveInt, PrepareSettings, Share, ValidateSettings
+from haplovl.model_settings import ModelSettings
 from haplovl.strict import SettingsError, Strict, load_strict
 from haplovl.training_settings import (  # noqa: F401  (settings of all rooms are imported from here)
     BatchSettings,
@@ -84,46 +85,6 @@ class TrainedLanguageTeacher(Strict):
 class TeachersSettings(Strict):
     vision: HubTeacher | FolderTeacher | TrainedVisionTeacher = Field(discriminator="kind")
     language: HubTeacher | FolderTeacher | TrainedLanguageTeacher = Field(discriminator="kind")
-
-
-# --- model ---------------------------------------------------------------------------------------------------------
-class ModelSettings(Strict):
-    """What the single transformer is made of; see docs/model.md."""
-
-    image_size: PositiveInt
-    """Side in pixels that images are padded to square and resized to; a multiple of the teacher's patch size."""
-    class_token: bool = True
-    """Keep the vision teacher's class token inside every image block."""
-    image_newline: bool = True
-    """End every row of patches with a learned newline token."""
-    pre_rotary_increment: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Rotary step between the tokens of one image in the pre-decoder: 0 all equal, 1 sequential (V2PE)."""
-    post_rotary_increment: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
-    pre_decoder: Literal["inherit", "random"] = "inherit"
-    pre_decoder_layers: PositiveInt | None = None
-    """First layers of the vision teacher to keep; all by default."""
-    post_mask: Literal["mixed", "causal"] = "mixed"
-    """Mask of the language model: tokens of one image see each other both ways, or causal throughout."""
-    max_tiles: PositiveInt = 1
-    """Most tiles of `image_size` pixels that show one picture; 1 gives every picture one tile, padded to a square."""
-    released_layout: bool = False
-    """Build what a checkpoint of the authors' layout can hold (docs/model.md), so that export-released can write it."""
-    connector: Literal["text_head", "random"] = "text_head"
-    """Start of the connector: stage 1's text head, or random."""
-
-    @model_validator(mode="after")
-    def _fit_the_released_layout(self) -> "ModelSettings":
-        needed = {
-            "class_token": False,
-            "image_newline": True,
-            "pre_rotary_increment": 1.0,
-            "post_rotary_increment": 1.0,
-            "post_mask": "mixed",
-        }
-        wrong = [f"{name}: {value}" for name, value in needed.items() if getattr(self, name) != value]
-        if self.released_layout and wrong:
-            raise ValueError(f"released_layout needs {', '.join(wrong)}")
-        return self
 
 
 # --- evaluate, register ---------------------------------------------------------------------------------------------
@@ -208,6 +169,11 @@ class Params(Strict):
     @model_validator(mode="after")
     def _stage1_fits_the_model(self) -> "Params":
         if isinstance(self.stage1, DistillationSettings):
+            if self.model.fusion != "early":
+                raise ValueError(
+                    f"stage1.objective: distillation trains a pre-decoder, which model.fusion: {self.model.fusion} has "
+                    "not; choose next_token or none"
+                )
             return self
         if self.model.connector == "text_head":
             raise ValueError(

@@ -8,7 +8,7 @@ from haplovl.data_settings import PositiveFloat, PositiveInt, Share
 from haplovl.strict import Strict
 
 Weight = Annotated[float, Field(ge=0.0)]
-Part = Literal["image_embedding", "vision_tower", "text_projection", "pre_decoder", "connector", "language_model"]
+Part = Literal["image_embedding", "tower", "text_projection", "pre_decoder", "connector", "language_model"]
 """Parts of the model that may have a learning rate of their own; the head belongs to the language model."""
 
 

@@ -125,13 +125,16 @@ def dry_run(
     model, dtype = blueprint.model, DTYPES[settings.precision]
     # Kernels without scores in memory are alike in what they keep.
     backend = "eager" if compute.attention == "eager" else "sdpa"
-    model.set_attn_implementation({"": backend, "text_config": backend})
+    tower = {"vision_config": backend} if model.config.vision_config is not None else {}
+    model.set_attn_implementation({"": backend, "text_config": backend, **tower})
     if compute.activation_checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(checkpointing())
     objective: nn.Module
     if isinstance(settings, Stage1Settings):
+        if model.model.pre_decoder is None:
+            raise UserError(f"stage 1 trains a pre-decoder, which model.fusion: {model.config.fusion} does not have")
         with torch.device("meta"):
             objective = Distillation(model, blueprint.vision, settings.vision_layer, settings.temperature)
         objective.frozen_to(torch.device("meta"), dtype)
@@ -176,14 +179,16 @@ def _weights(model: nn.Module) -> dict[str, int]:
     """Numbers of weights by part; words and head counted with the language model once where they are tied."""
     core = model.model
     parts = {
-        "embeddings": [core.image_embedding, getattr(core, "text_projection", None) or core.text_embedding],
+        "embeddings": [core.image_embedding, core.text_projection, core.text_embedding],
+        "tower": [core.tower],
         "pre_decoder": [core.pre_decoder],
         "connector": [core.connector],
         "language_model": [core.language_model, model.lm_head],
     }
     return {
-        name: sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
+        name: sum(p.numel() for p in {id(p): p for m in modules if m is not None for p in m.parameters()}.values())
         for name, modules in parts.items()
+        if any(module is not None for module in modules)
     }
 
 

@@ -13,7 +13,7 @@ from haplovl.model import HaploForConditionalGeneration, HaploProcessor
 from haplovl.model.inherit import inherit
 from haplovl.records import write_jsonl
 from haplovl.settings import DistillationSettings, Params, Stage1Settings, Stage2Settings, StageSettings, fingerprint
-from haplovl.teachers import load_language, load_vision, seed_everything
+from haplovl.teachers import load_language, load_vision, recipe_processor, seed_everything
 from haplovl.train.checkpoint import is_main, say
 from haplovl.train.engine import DTYPES
 from haplovl.train.flops import StepFlops
@@ -70,7 +70,7 @@ def build_stage(name: str, params: Params, from_teachers: bool = False) -> Stage
 
 def _stage1(params: Params) -> tuple[Any, ...]:
     start = require(TEACHERS, "teachers")
-    processor = HaploProcessor.from_pretrained(TEACHERS / "processor")
+    processor = recipe_processor(params)
     vision = load_vision(TEACHERS / "vision")
     ids = processor.image_token_id, len(processor.tokenizer), processor.video_token_id
     try:
