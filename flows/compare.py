@@ -110,7 +110,10 @@ def main() -> None:
         sys.exit("\ninterrupted; run the same command again to go on from the last finished run or checkpoint")
     if not state.is_completed():
         sys.exit(f"error: {state.message}")
-    print(f"haplovl-compare: {state.message}")
+    print(f"haplovl-compare: {state.message}", flush=True)
+    from haplovl.comparison.report import write_report
+
+    write_report()
 
 
 if __name__ == "__main__":

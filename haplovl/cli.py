@@ -282,6 +282,18 @@ def comparison_evaluate(group: Group, recipe: Recipe, seed: Seed) -> None:
     evaluate(Run(group, recipe, seed))
 
 
+@comparison.command(name="report")
+def comparison_report(
+    group: Annotated[
+        list[str] | None, typer.Argument(help="compute, samples, ablations; default: all finished.")
+    ] = None,
+) -> None:
+    """Write reports/comparison/ from the runs that are finished."""
+    from haplovl.comparison.report import write_report
+
+    write_report(group)
+
+
 @app.command()
 def preset(name: Annotated[str | None, typer.Argument(help="A file of params/, without .yaml.")] = None) -> None:
     """List the presets of params/, or make one the params.yaml of this project."""

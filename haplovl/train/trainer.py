@@ -92,14 +92,20 @@ def _run(
                 raise _not_finite(stage, engine, folder, batches, step, error) from None
             step += 1
             seconds = time.perf_counter() - ended
-            mine = [float(figures["tokens"]), float(figures["total_flops"]), float(stop.asked)]
-            tokens, flops, stops = reduce_sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+            mine = [figures["tokens"], figures["total_flops"], figures["records"], int(stop.asked)]
+            tokens, flops, records, stops = map(int, reduce_sum(torch.tensor(mine, dtype=torch.float64)).tolist())
             stopping = bool(stops) and step < total  # all ranks after the same step
             saving = stopping or step == total or step % stage.settings.checkpoint_every == 0
             # A job that must stop has little time left, so it does without the validation loss.
             score = validation.loss(engine, stage.objective, device) if validation and saving and not stopping else None
             looks |= {} if score is None else {"validation_loss": score}
-            figures |= {"tokens": int(tokens), "total_flops": int(flops), "seconds": seconds, "wait": loader.waited}
+            figures |= {
+                "tokens": tokens,
+                "total_flops": flops,
+                "records": records,
+                "seconds": seconds,
+                "wait": loader.waited,
+            }
             watch.record(StepFigures(**figures), _ids(batches), looks)
             if saving:
                 folder.save(engine, step, score)
@@ -155,6 +161,7 @@ def _step(
         "grad_norm": norm,
         "supervised_tokens": int(max(counts.values())),
         "tokens": work.tokens,
+        "records": len(_ids(batches)),
         "flops": flops.model,
         "total_flops": flops.model + flops.teachers,
     }
