@@ -96,7 +96,7 @@ def finished(runs: list[Run]) -> list[Result]:
         if result.digest != results[0].digest:
             raise UserError(
                 f"{result.run.folder} and {results[0].run.folder} were tested on different questions (digests "
-                f"{result.digest[:12]} and {results[0].digest[:12]}); evaluate both again: dvc repro comparison/dvc.yaml"
+                f"{result.digest[:12]} and {results[0].digest[:12]}); evaluate both again, on the same data"
             )
     return results
 
