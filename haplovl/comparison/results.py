@@ -158,7 +158,7 @@ def _answers(results: list[Result], kind: str) -> np.ndarray:
 
 
 def teachers_flops(run: Run) -> float:
-    """Operations that went into the teachers that a recipe starts from or learns from; hub models count nothing here."""
+    """Operations of training the teachers that a recipe starts from or learns from; hub models count nothing here."""
     lineage: dict[str, Any] = read_json(TEACHERS / "teachers.json")
     name = f"ablations/{run.recipe}" if run.group == "ablations" else run.recipe
     params = load_recipe(name)
