@@ -31,7 +31,7 @@ class SharedProject:
 
     def stages(self, what: str) -> list[Stage]:
         """The stages of `compare` or `ablations`, with those of the main pipeline that they need, in order."""
-        by_name = {stage.name: stage for stage in self._project.stages}
+        by_name = {stage.name: stage for stage in self._project.all_stages}
         wanted = [f"{FILE}:{group}-" for group in GROUPS[what]]
         needed: set[str] = set()
         waiting = [name for name in by_name if name.startswith(tuple(wanted))]
@@ -40,7 +40,7 @@ class SharedProject:
             if name not in needed:
                 needed.add(name)
                 waiting.extend(by_name[name].upstream)
-        return [stage for stage in self._project.stages if stage.name in needed]
+        return [stage for stage in self._project.all_stages if stage.name in needed]
 
     def is_unchanged(self, name: str) -> bool:
         """Whether DVC would skip the stage."""

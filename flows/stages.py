@@ -46,7 +46,10 @@ class Project:
     def __init__(self) -> None:
         os.environ.setdefault("DVC_NO_ANALYTICS", "1")
         self._repo: Any = None
-        self.stages = self._read_graph()
+        self.all_stages = self._read_graph()
+        """Those of every dvc.yaml in the project; outside the root their names begin with the file's."""
+        self.stages = [stage for stage in self.all_stages if ":" not in stage.name]
+        """The main pipeline."""
 
     def is_unchanged(self, name: str) -> bool:
         """Whether `dvc repro` would skip the stage; asks DVC in this process, which starts no interpreter."""

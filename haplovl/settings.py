@@ -106,6 +106,9 @@ class RegisterSettings(Strict):
 class CompareSettings(Strict):
     """`make compare`: recipes of recipes/ on equal terms; see docs/comparison.md."""
 
+    changes: dict[str, Any] = {}
+    """Changes to the settings of this file that all runs share, below those of their recipes: a size that many runs
+    can afford."""
     recipes: Annotated[list[str], Field(min_length=2)]
     """The first one's compute is everybody's budget."""
     samples: list[str] = []

@@ -20,7 +20,7 @@ def recipe_files() -> dict[str, Path]:
 
 
 def load_recipe(name: str, seed: int | None = None, params: Path = PARAMS_FILE) -> Params:
-    """params.yaml with what the recipe changes, and with another seed where one is given.
+    """params.yaml with what all runs of the comparison change, then what the recipe changes, and perhaps another seed.
 
     Raises:
         SettingsError: no such recipe, or the two do not fit together.
@@ -30,7 +30,9 @@ def load_recipe(name: str, seed: int | None = None, params: Path = PARAMS_FILE) 
         near = difflib.get_close_matches(name, files, n=1, cutoff=0.0)
         hint = f"; did you mean '{near[0]}'?" if near else f"; there are none in {RECIPES}/"
         raise SettingsError(f"no recipe '{name}'{hint}")
-    merged = merge(read_settings(params), read_settings(files[name]))
+    base = read_settings(params)
+    common = (base.get("compare") or {}).get("changes") or {}
+    merged = merge(merge(base, common), read_settings(files[name]))
     if seed is not None:
         merged["seed"] = seed
     return validate_settings(merged, files[name], Params)
