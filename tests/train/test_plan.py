@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from haplovl.errors import UserError
-from haplovl.settings import ComputeProfile, HubTeacher, LoraSettings, load_compute, load_params
+from haplovl.settings import ComputeProfile, HubTeacher, LoraSettings, ModelSettings, load_compute, load_params
 from haplovl.train.blueprint import Blueprint, find_teachers, typical_rows
 from haplovl.train.memory import Holdings, device_memory
 from haplovl.train.meta_run import Footprint, run_on_meta
@@ -167,3 +167,23 @@ def test_json_for_scripts_and_a_table_for_people(capsys):
     assert "names no peak_tflops" in text and "0 (profile)" in text
     with pytest.raises(UserError, match="stage3"):
         print_plan("stage3", params, compute, None, as_json=False)
+
+
+def test_other_designs_are_planned_as_well():
+    params, compute = load_params("params/haplovl-7b.yaml"), load_compute("node-8gpu")
+
+    def planned(**model):
+        return plan_stage("stage2", params.model_copy(update={"model": ModelSettings(**model)}), compute)
+
+    llava = planned(fusion="tower", image_size=336)
+    solo = planned(fusion="patches", image_size=1024, patch_size=32)
+    # LLaVA-1.5-7B has 7.06e9 parameters with the tower's last layer (12.6e6), which is left out here.
+    assert sum(llava.weights.values()) / 1e9 == pytest.approx(7.05, abs=0.01)
+    assert llava.weights["connector"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert llava.weights["tower"] / 1e6 == pytest.approx(290.9, abs=0.1) and "pre_decoder" not in llava.weights
+    assert solo.weights["embeddings"] == 3 * 32 * 32 * 4096 + 4096  # one bias-free linear layer, and the newline
+    assert set(solo.weights) == {"embeddings", "language_model"} == set(solo.flops.forward) - {"logits"}
+    assert set(llava.flops.forward) == {"embeddings", "tower", "connector", "language_model", "logits"}
+    with pytest.raises(UserError, match="stage 1 trains a pre-decoder, which model.fusion: tower does not have"):
+        tower = ModelSettings(fusion="tower", image_size=336)
+        plan_stage("stage1", params.model_copy(update={"model": tower}), compute)
