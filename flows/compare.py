@@ -8,12 +8,12 @@ import argparse
 import os
 import signal
 import sys
-from threading import Lock
+from threading import Event, Lock
 
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.pipeline import NO_CACHE, Completed, Failed, State, flow, get_run_logger, start_server, task
-from flows.stages import Project, Stage, run_stage
+from flows.stages import Project, Stage, end_all, run_stage
 from haplovl.errors import UserError
 
 FILE = "comparison/dvc.yaml"
@@ -21,6 +21,8 @@ GROUPS = {"compare": ("compute", "samples"), "ablations": ("ablations",)}
 LOCKED = "Unable to acquire lock"
 """What DVC says while another of its processes writes down a result: to be tried again."""
 TRIES = 20
+STOPPING = Event()
+"""Set by an interruption: nothing new is started."""
 
 
 class SharedProject:
@@ -52,12 +54,14 @@ class SharedProject:
 @task(cache_policy=NO_CACHE, persist_result=False)
 def run_or_skip(project: SharedProject, name: str, compute: str) -> State:
     """One DVC stage: Cached when DVC finds it unchanged, else run."""
+    if STOPPING.is_set():
+        return Failed(message="interrupted")
     if project.is_unchanged(name):
         return Completed(name="Cached", message="DVC finds it unchanged")
     short = name.rpartition(":")[2]
     for _ in range(TRIES):
         code, last_lines = run_stage(name, compute, lambda line: get_run_logger().info(f"{short}: {line}"))
-        if not code or not any(LOCKED in line for line in last_lines):
+        if not code or STOPPING.is_set() or not any(LOCKED in line for line in last_lines):
             break
     if code:
         return Failed(message="\n    ".join([f"'{name}' failed (exit code {code}); its last lines:", *last_lines]))
@@ -85,6 +89,12 @@ def haplovl_compare(what: str = "compare", compute: str = "one-core") -> State:
     return Completed(message=f"{len(states) - cached} stages run, {cached} cached")
 
 
+def _stop(*_: object) -> None:
+    """Ends what runs in the flow's threads, which no exception reaches; the flow then ends by itself."""
+    STOPPING.set()
+    end_all()
+
+
 def main() -> None:
     """Runs the flow in the current folder, then writes the report; exits with 1 when a run failed."""
     parser = argparse.ArgumentParser(prog="python -m flows.compare", description="Compares recipes on equal terms.")
@@ -100,13 +110,15 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // options.jobs)))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         start_server()
         runner = ThreadPoolTaskRunner(max_workers=options.jobs)
         state = haplovl_compare.with_options(task_runner=runner)(options.what, options.compute, return_state=True)
-    except KeyboardInterrupt:
+    finally:
+        end_all()
+    if STOPPING.is_set():
         sys.exit("\ninterrupted; run the same command again to go on from the last finished run or checkpoint")
     if not state.is_completed():
         sys.exit(f"error: {state.message}")

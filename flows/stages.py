@@ -25,6 +25,8 @@ TAIL_BYTES = 64 * 1024
 INTERRUPT_SECONDS = 20
 """How long an interrupted stage may take to write its checkpoint before it is killed."""
 
+_running: set[subprocess.Popen[bytes]] = set()
+"""Commands that run now, in whatever thread."""
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]|[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
@@ -151,12 +153,14 @@ def _child(
         raise
     finally:
         os.close(sink)
+    _running.add(process)
     try:
         yield process, source
     except BaseException:
         _end_group(process)
         raise
     finally:
+        _running.discard(process)
         os.close(source)
 
 
@@ -178,6 +182,12 @@ def _chunks(process: subprocess.Popen[bytes], source: int) -> Iterator[bytes]:
             yield chunk
         elif ended:
             return
+
+
+def end_all() -> None:
+    """Ends the commands of all threads, as an interruption of each would."""
+    for process in list(_running):
+        _end_group(process)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

@@ -159,7 +159,7 @@ def test_every_design_and_freezing_equals_what_torch_counts(vision, language, pr
     for part in chosen:
         part.requires_grad_(True)
     with FlopCounterMode(display=False) as forward:
-        loss = InstructionTuning(model)(batch)["loss"]
+        loss = NextToken(model)(batch)["loss"]
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     work = Work.of(batch, model.config)
