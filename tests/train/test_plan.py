@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from haplovl.errors import UserError
-from haplovl.settings import ComputeProfile, HubTeacher, LoraSettings, ModelSettings, load_compute, load_params
+from haplovl.settings import (
+    ComputeProfile,
+    HubTeacher,
+    LoraSettings,
+    ModelSettings,
+    NoStageSettings,
+    OptimizerSettings,
+    PretrainingSettings,
+    load_compute,
+    load_params,
+)
 from haplovl.train.blueprint import Blueprint, find_teachers, typical_rows
 from haplovl.train.memory import Holdings, device_memory
 from haplovl.train.meta_run import Footprint, run_on_meta
@@ -184,6 +194,12 @@ def test_other_designs_are_planned_as_well():
     assert solo.weights["embeddings"] == 3 * 32 * 32 * 4096 + 4096  # one bias-free linear layer, and the newline
     assert set(solo.weights) == {"embeddings", "language_model"} == set(solo.flops.forward) - {"logits"}
     assert set(llava.flops.forward) == {"embeddings", "tower", "connector", "language_model", "logits"}
-    with pytest.raises(UserError, match="stage 1 trains a pre-decoder, which model.fusion: tower does not have"):
-        tower = ModelSettings(fusion="tower", image_size=336)
-        plan_stage("stage1", params.model_copy(update={"model": tower}), compute)
+    frozen = OptimizerSettings(learning_rate=1e-3, rate_factors={"tower": 0.0, "language_model": 0.0})
+    shared = params.stage1.model_dump(include={"steps", "batch", "mixture"})
+    alignment = PretrainingSettings(objective="next_token", optimizer=frozen, **shared)
+    changes = {"model": ModelSettings(fusion="tower", image_size=336), "stage1": alignment}
+    first = plan_stage("stage1", params.model_copy(update=changes), compute)
+    assert first.trained == llava.weights["connector"]  # LLaVA's first stage trains the projector alone
+    assert first.flops.backward["tower"] == 0 < first.flops.forward["tower"]
+    with pytest.raises(UserError, match="trains nothing in stage1"):
+        plan_stage("stage1", params.model_copy(update={"stage1": NoStageSettings(objective="none")}), compute)
