@@ -40,8 +40,9 @@ def test_every_ablation_differs_from_the_main_recipe():
             assert load_recipe(name).model_dump(exclude={"recipe"}) != main, name
 
 
-def test_a_stage_with_another_objective_is_replaced_whole_and_others_are_merged():
+def test_a_stage_with_another_objective_keeps_its_size_and_others_are_merged():
     base = {"stage1": {"objective": "distillation", "steps": 3, "vision_layer": -1}, "model": {"a": 1, "b": 2}}
+    assert merge(base, {"stage1": {"objective": "next_token"}})["stage1"] == {"objective": "next_token", "steps": 3}
     merged = merge(base, {"stage1": {"objective": "none"}, "model": {"b": 3}})
     assert merged == {"stage1": {"objective": "none"}, "model": {"a": 1, "b": 3}}
     assert merge(base, {"stage1": {"steps": 4}})["stage1"] == {**base["stage1"], "steps": 4}

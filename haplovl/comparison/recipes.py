@@ -11,7 +11,9 @@ from haplovl.strict import SettingsError, read_settings, validate_settings
 
 RECIPES = Path("recipes")
 REPLACED = ("mixture", "curriculum", "sources", "rate_factors")
-"""Settings that a recipe gives whole: half of a mixture means nothing. So is a stage with another objective."""
+"""Settings that a recipe gives whole: half of a mixture means nothing."""
+SIZES = ("steps", "precision", "batch", "checkpoint_every")
+"""What a stage keeps where a recipe gives it another objective: its size, and nothing else."""
 
 
 def recipe_files() -> dict[str, Path]:
@@ -43,14 +45,14 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
         old = base.get(key)
-        whole = key in REPLACED or not isinstance(value, dict) or not isinstance(old, dict)
-        other_objective = isinstance(value, dict) and value.get("objective", _objective(old)) != _objective(old)
-        merged[key] = value if whole or other_objective else merge(old, value)
+        if key in REPLACED or not isinstance(value, dict) or not isinstance(old, dict):
+            merged[key] = value
+            continue
+        if value.get("objective", old.get("objective")) != old.get("objective"):
+            kept = () if value["objective"] == "none" else SIZES
+            old = {name: old[name] for name in kept if name in old}
+        merged[key] = merge(old, value)
     return merged
-
-
-def _objective(section: Any) -> str | None:
-    return section.get("objective") if isinstance(section, dict) else None
 
 
 def write_params(params: Params, target: Path) -> None:
