@@ -55,7 +55,7 @@ def test_a_stage_with_another_objective_keeps_its_size_and_others_are_merged():
     ("text", "words"),
     [
         ("model: {fusoin: tower}", ["unknown key 'model.fusoin'", "did you mean 'fusion'?"]),
-        ("stage1: {objective: next_token, steps: 3}", ["stage1.batch", "missing"]),
+        ("stage1: {objective: next_token, steps: 3}", ["stage1.optimizer", "missing"]),
         ("stage1: {objective: none}", ["model.connector: text_head is a head of the distillation"]),
         (
             "model: {fusion: tower, connector: random, class_token: false, image_newline: false}",
