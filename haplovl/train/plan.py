@@ -14,13 +14,14 @@ from torch import nn
 from haplovl.data.loader import Batch
 from haplovl.errors import UserError
 from haplovl.files import RUNS
-from haplovl.settings import ComputeProfile, Params, Stage1Settings, Stage2Settings
+from haplovl.settings import ComputeProfile, DistillationSettings, Params, Stage1Settings, Stage2Settings, StageSettings
 from haplovl.train.blueprint import SUPERVISED_SHARE, TEXT_TOKENS, Blueprint, find_teachers, typical_rows
 from haplovl.train.engine import DTYPES
 from haplovl.train.flops import Flops, StepFlops, Work
 from haplovl.train.memory import DeviceMemory, Holdings, device_memory
 from haplovl.train.meta_run import Footprint, checkpointing, run_on_meta
-from haplovl.train.objectives import Distillation, InstructionTuning
+from haplovl.train.objectives import Distillation, NextToken
+from haplovl.train.optim import freeze_parts
 
 ASSUMED_UTILISATION = 0.4
 """Share of the device's peak at which its operations are assumed to run, where no run has measured it."""
@@ -77,6 +78,8 @@ def plan_stage(name: str, params: Params, compute: ComputeProfile, mfu: float | 
         UserError: a recipe that does not fit its teachers or the profile, or whose shapes are wrong.
     """
     settings: Any = {"stage1": params.stage1, "stage2": params.stage2}[name]
+    if not isinstance(settings, StageSettings):
+        raise UserError(f"this recipe trains nothing in {name} (objective: none), so there is nothing to plan")
     micro_rows, micro_batches = _split(settings, compute)
     blueprint = Blueprint.of(params, find_teachers(params))
     model = blueprint.model
@@ -84,8 +87,13 @@ def plan_stage(name: str, params: Params, compute: ComputeProfile, mfu: float | 
         from haplovl.train.lora import add_adapters
 
         add_adapters(model, settings.lora, params.seed)
+    try:
+        freeze_parts(model, settings.optimizer)
+    except ValueError as error:
+        raise UserError(f"{name}.{error}") from None
     rows = typical_rows(model.config, params, settings, micro_rows)
-    counter = StepFlops.stage1(model, blueprint.vision.config) if name == "stage1" else StepFlops.stage2(model)
+    distils = isinstance(settings, DistillationSettings)
+    counter = StepFlops.stage1(model, blueprint.vision.config) if distils else StepFlops.stage2(model)
     work = Work.of(rows, model.config).times(micro_batches * compute.processes)
     began = time.perf_counter()
     holdings, footprint = dry_run(blueprint, settings, compute, rows)
@@ -132,18 +140,18 @@ def dry_run(
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(checkpointing())
     objective: nn.Module
-    if isinstance(settings, Stage1Settings):
-        if model.model.pre_decoder is None:
-            raise UserError(f"stage 1 trains a pre-decoder, which model.fusion: {model.config.fusion} does not have")
+    if isinstance(settings, DistillationSettings):
         with torch.device("meta"):
-            objective = Distillation(model, blueprint.vision, settings.vision_layer, settings.temperature)
+            objective = Distillation(
+                model, blueprint.vision, settings.vision_layer, settings.temperature, settings.losses
+            )  # fmt: skip
         objective.frozen_to(torch.device("meta"), dtype)
     else:
-        objective = InstructionTuning(model)
+        objective = NextToken(model)
     parameters = {id(p): p for p in objective.parameters()}
     own = {id(p) for p in model.parameters()}
     words, held = model.get_input_embeddings().weight, 0
-    if isinstance(settings, Stage1Settings):
+    if isinstance(settings, DistillationSettings):
         held = _bytes(blueprint.vision) + 4 * words.numel()
     holdings = Holdings(
         trained=sum(p.numel() for p in parameters.values() if p.requires_grad),

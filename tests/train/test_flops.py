@@ -13,7 +13,7 @@ from haplovl.model.layout import place_native, single_tile
 from haplovl.model.media import Media, image_sizes
 from haplovl.settings import ModelSettings
 from haplovl.train.flops import StepFlops, Work, attended_pairs
-from haplovl.train.objectives import Distillation, InstructionTuning
+from haplovl.train.objectives import Distillation, NextToken
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def _as_computed(batch: Batch, work: Work) -> Work:
 def test_stage2_equals_what_torch_counts(model, batch):
     model.set_attn_implementation({"": "eager", "text_config": "eager"})
     with FlopCounterMode(display=False) as forward:
-        loss = InstructionTuning(model)(batch)["loss"]
+        loss = NextToken(model)(batch)["loss"]
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     flops = StepFlops.stage2(model).of(_as_computed(batch, Work.of(batch, model.config)))
@@ -159,7 +159,7 @@ def test_every_design_and_freezing_equals_what_torch_counts(vision, language, pr
     for part in chosen:
         part.requires_grad_(True)
     with FlopCounterMode(display=False) as forward:
-        loss = InstructionTuning(model)(batch)["loss"]
+        loss = NextToken(model)(batch)["loss"]
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     work = Work.of(batch, model.config)
