@@ -224,7 +224,7 @@ def test_recipes_with_other_models_train_on_the_same_shards(params, vision, lang
     assert sum(image_sizes(model.config, batch.image_grids)) == int((batch.input_ids == ids[0]).sum())
     objective = InstructionTuning(model)
     loss = objective(batch)["loss"] / objective.counts(batch)["loss"]
-    assert 4 < float(loss) < 8  # random words: the logarithm of about 300
+    assert 4 < loss.item() < 8  # random words: the logarithm of about 300
     loss.backward()
     assert patch_gradient(objective) > 0
     figures = attention_to_images(model, batch)
