@@ -145,7 +145,9 @@ def _prompt(record: Record) -> str:
 MMBENCH_EN_DEV = Benchmark(
     name="mmbench_en_dev",
     title="MMBench-EN dev",
-    dataset="lmms-lab/MMBench, en, dev",
+    dataset="lmms-lab/MMBench, en",
+    split="dev",
+    optional=("hint", "C", "D", "E"),
     fields={
         "index": lambda value: None if number(value) is None and value >= 0 else "a whole number from 0",
         "question": filled,

@@ -128,7 +128,7 @@ def _open(record: Record, answer: str) -> Judgement:
         else candidate in right
         for candidate in candidates
     )
-    return hit(within, candidates)
+    return hit(within, [str(candidate) for candidate in candidates])
 
 
 # ---- records
@@ -244,7 +244,8 @@ def _answer(value: Any) -> str | None:
 MMMU_VAL = Benchmark(
     name="mmmu_val",
     title="MMMU val",
-    dataset="lmms-lab/MMMU, validation",
+    dataset="lmms-lab/MMMU",
+    split="validation",
     fields={
         "id": filled,
         "question": filled,

@@ -80,7 +80,8 @@ def _aggregate(records: Sequence[Record], judgements: Sequence[Judgement]) -> di
 MMVP = Benchmark(
     name="mmvp",
     title="MMVP",
-    dataset="lmms-lab-eval/MMVP, train",
+    dataset="lmms-lab-eval/MMVP",
+    split="train",
     fields={
         "Index": lambda value: None if number(value) is None and value >= 1 else "a whole number from 1",
         "Question": filled,

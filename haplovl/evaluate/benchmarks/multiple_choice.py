@@ -88,7 +88,9 @@ def _science_prompt(record: Record) -> str:
 SCIENCEQA_IMG = Benchmark(
     name="scienceqa_img",
     title="ScienceQA-IMG",
-    dataset="lmms-lab/ScienceQA, ScienceQA-IMG, test",
+    dataset="lmms-lab/ScienceQA, ScienceQA-IMG",
+    split="test",
+    optional=("id",),
     fields={"question": filled, "choices": texts, "answer": number, "hint": text},
     columns=columns("id image question choices answer hint task grade subject topic category skill lecture solution"),
     prompt=_science_prompt,
@@ -134,7 +136,9 @@ def _ai2d_check(record: Record) -> str | None:
 AI2D = Benchmark(
     name="ai2d",
     title="AI2D",
-    dataset="lmms-lab/ai2d, test",
+    dataset="lmms-lab/ai2d",
+    split="test",
+    optional=("id",),
     fields={"question": filled, "options": texts, "answer": _place},
     columns=columns("id image question options answer"),
     prompt=lambda record: f"{record['question']}\n{option_lines(record['options'])}\n{BY_LETTER}",
@@ -184,7 +188,9 @@ def _seed_aggregate(records: Sequence[Record], judgements: Sequence[Judgement]) 
 SEEDBENCH_IMG = Benchmark(
     name="seedbench_img",
     title="SEED-Bench-IMG",
-    dataset="lmms-lab/SEED-Bench, test, rows whose data_type is image",
+    dataset="lmms-lab/SEED-Bench, rows whose data_type is image",
+    split="test",
+    optional=("question_type_id",),
     fields={
         "question_id": identity,
         "question": filled,
@@ -231,9 +237,11 @@ def _realworld_options(record: Record) -> dict[str, str]:
 REALWORLDQA = Benchmark(
     name="realworldqa",
     title="RealWorldQA",
-    dataset="lmms-lab/RealWorldQA, test",
+    dataset="lmms-lab/RealWorldQA",
+    split="test",
+    optional=("id", "options"),
     fields={"question": filled, "answer": filled},
-    columns=columns("image image_path question answer options"),
+    columns=columns("image image_path question answer"),
     prompt=lambda record: record["question"].strip(),
     references={
         LMMS_EVAL: Reference(_realworld, "lmms-eval 0.7.3 tasks/realworldqa/utils.py realworldqa_process_results"),
@@ -278,7 +286,9 @@ def _mmstar_aggregate(records: Sequence[Record], judgements: Sequence[Judgement]
 MMSTAR = Benchmark(
     name="mmstar",
     title="MMStar",
-    dataset="Lin-Chen/MMStar, val",
+    dataset="Lin-Chen/MMStar",
+    split="val",
+    optional=("options",),
     fields={
         "index": number,
         "question": filled,

@@ -90,7 +90,8 @@ def _aggregate(records: Sequence[Record], judgements: Sequence[Judgement]) -> di
 POPE = Benchmark(
     name="pope",
     title="POPE",
-    dataset="lmms-lab/POPE, default, test",
+    dataset="lmms-lab/POPE, default",
+    split="test",
     fields={
         "question_id": identity,
         "question": filled,

@@ -1,7 +1,7 @@
 """What a benchmark is here: the fields of its records, its prompt, its scoring rules and its aggregate."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 Record = Mapping[str, Any]
@@ -45,15 +45,21 @@ def _row_alone(records: Sequence[Record], judgements: Sequence[Judgement]) -> li
 class Benchmark:
     """One published benchmark.
 
-    `fields` are the columns that a record must have and `columns` all that the published data set has. `check` looks
-    at a record as a whole and ends a sentence like a field's check; `check_all` looks at all of them. `key` is what no
-    two records may share (None: the records have no id). `group` joins records that only count together. `settle`
-    turns the judgements of single rows into those of the questions they belong to.
+    Its data: `dataset` on the Hugging Face hub and its `split`; `keeps` tells which of its rows belong here. `fields`
+    are the columns that a record must have, `optional` others that are used where present, and `columns` all that the
+    published data set has. `check` looks at a record as a whole and ends a sentence like a field's check; `check_all`
+    looks at all of them. `key` is what no two records may share (None: they have no id). `group` joins records that
+    only count together. `pictures` names the columns of a record's pictures in the order they are shown.
+
+    Its rules: `references` by name, `settle` turns the judgements of single rows into those of the questions they
+    belong to, and `headline` is where in the aggregate the figure is that people quote. `max_new_tokens` is lmms-eval's
+    limit of an answer, or 128 where its task sets none or 1024: the right answers are single letters there.
     """
 
     name: str
     title: str
     dataset: str
+    split: str
     fields: Mapping[str, Check]
     columns: frozenset[str]
     prompt: Callable[[Record], str]
@@ -66,9 +72,9 @@ class Benchmark:
     check_all: Callable[[Sequence[Record]], str | None] = lambda records: None
     group: Callable[[Record], Hashable] | None = None
     settle: Callable[[Sequence[Record], Sequence[Judgement]], list[Judgement]] = _row_alone
-    pictures: Callable[[Record], tuple[str, ...]] = field(default=lambda record: ("image",))
+    optional: tuple[str, ...] = ()
+    pictures: Callable[[Record], tuple[str, ...]] = lambda record: ("image",)
     keeps: Callable[[Record], bool] = lambda record: True
-    """Which rows of the published data set belong to the benchmark."""
 
 
 def columns(names: str) -> frozenset[str]:
@@ -83,7 +89,7 @@ def text(value: Any) -> str | None:
 
 def filled(value: Any) -> str | None:
     """A string that is not blank."""
-    return None if isinstance(value, str) and value.strip() else "a string that is not blank"
+    return None if isinstance(value, str) and value.strip() else "a non-empty string"
 
 
 def one_of(*allowed: str) -> Check:

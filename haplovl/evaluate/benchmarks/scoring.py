@@ -18,10 +18,10 @@ def score_records(name: str, records: Sequence[Any], by: str = LMMS_EVAL, where:
     Every record is an object with the benchmark's fields and `prediction`, or one with `record` and `prediction`.
     `where` names their file in messages.
 
-    Returns `benchmark`, `reference` and its `source`, `n`, `scores` (0…1, or None where the reference defines none) and
-    `parsed` (what was read in every answer) in the order of the records, the number of `unparsed` answers,
-    `aggregate`, `headline` (the figure that is usually quoted) and `beside`: the same figure by the other references, and
-    with every record scored by the strictest (`strict`) or the loosest (`lenient`) of all.
+    Returns `benchmark`, `reference` and its `source`, `n`, `headline` (the figure that is usually quoted), `aggregate`,
+    the number of `unparsed` answers, `scores` (0…1, or None where the reference defines none) and `parsed` (what was
+    read in every answer) in the order of the records, and `beside`: the headline by the other references, and with
+    every record scored by the strictest (`strict`) or the loosest (`lenient`) of all.
 
     Raises:
         UserError: no such benchmark or reference, no records, a prediction is missing or no string, and all that
@@ -58,11 +58,12 @@ def split(benchmark: Benchmark, records: Sequence[Any], where: str = "") -> tupl
     Raises:
         UserError: as `score_records`.
     """
-    rows, answers = [], []
+    rows, answers, names = [], [], []
     for number, item in enumerate(records, 1):
         nested = isinstance(item, dict) and "record" in item
         row = item["record"] if nested else item
         name = name_of(benchmark, row, number, where)
+        names.append(name)
         if not isinstance(row, dict):
             raise UserError(f"{name} is no object with the fields of {benchmark.title}")
         if "prediction" not in item:
@@ -72,7 +73,7 @@ def split(benchmark: Benchmark, records: Sequence[Any], where: str = "") -> tupl
             raise UserError(f"{name}: the field 'prediction' is {kind}, not a string")
         rows.append(row if nested else {key: value for key, value in item.items() if key != "prediction"})
         answers.append(item["prediction"])
-    check_records(benchmark, rows, where)
+    check_records(benchmark, rows, names, where)
     return rows, answers
 
 

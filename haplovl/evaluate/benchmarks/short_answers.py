@@ -59,7 +59,9 @@ def _gqa_check(record: Record) -> str | None:
 GQA = Benchmark(
     name="gqa",
     title="GQA",
-    dataset="lmms-lab/GQA, testdev_balanced_instructions (pictures: testdev_balanced_images)",
+    dataset="lmms-lab/GQA, testdev_balanced_instructions and testdev_balanced_images",
+    split="testdev",
+    optional=("imageId",),
     fields={"id": identity, "question": filled, "answer": filled},
     columns=columns(
         "id imageId image question answer fullAnswer isBalanced groups entailed equivalent types "
@@ -146,7 +148,9 @@ def _vqa_aggregate(records: Sequence[Record], judgements: Sequence[Judgement]) -
 VQAV2 = Benchmark(
     name="vqav2",
     title="VQAv2",
-    dataset="lmms-lab/VQAv2, validation",
+    dataset="lmms-lab/VQAv2",
+    split="validation",
+    optional=("question_type", "answer_type"),
     fields={"question_id": identity, "question": filled, "answers": _annotations},
     columns=columns("question_id question answers question_type answer_type multiple_choice_answer image_id image"),
     prompt=asked_briefly,
