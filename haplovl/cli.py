@@ -295,6 +295,57 @@ def comparison_report(
 
 
 @app.command()
+def score(
+    benchmark: Annotated[
+        str,
+        typer.Argument(
+            help="gqa, vqav2, scienceqa_img, ai2d, mmbench_en_dev, mmmu_val, realworldqa, mmstar, pope, seedbench_img, "
+            "mmvp"
+        ),
+    ],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="JSON with a list 'records', a JSON list, or JSON lines. An entry has the columns of the published "
+            "data set (flat, or inside 'record') and the model's answer as 'prediction'."
+        ),
+    ],
+    reference: Annotated[
+        str, typer.Option(help="Whose rule decides; docs/benchmarks.md lists them for every benchmark.")
+    ] = "lmms_eval",
+) -> None:
+    """Score a file of answers to a published benchmark as lmms-eval 0.7.3 does; prints one JSON object.
+
+    'scores' holds one score per record, in order; further 'aggregate', the number of 'unparsed' answers, and 'beside':
+    what other references would have counted.
+    """
+    import json
+
+    from haplovl.evaluate.benchmarks import score_file
+
+    print(json.dumps(score_file(benchmark, file, reference)))
+
+
+@app.command()
+def benchmark(
+    name: Annotated[str, typer.Argument(help="A benchmark that 'haplovl score' knows.")],
+    data: Annotated[Path, typer.Argument(help="A folder with its Parquet or JSON files, or one of them.")],
+    model: Model = Path("models/stage2"),
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first so many questions.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Default: reports/benchmarks/NAME.json.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Questions that are answered at a time.")] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens; default: lmms-eval's, at most 128.")
+    ] = None,
+) -> None:
+    """Ask a trained model a published benchmark from local files; writes answers, scores and hashes."""
+    _only_errors_of_transformers()
+    from haplovl.evaluate.benchmarks.ask import run_benchmark
+
+    run_benchmark(name, data, model, limit, output, batch, max_new_tokens)
+
+
+@app.command()
 def preset(name: Annotated[str | None, typer.Argument(help="A file of params/, without .yaml.")] = None) -> None:
     """List the presets of params/, or make one the params.yaml of this project."""
     from haplovl.presets import list_presets, use_preset
