@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -18,16 +18,19 @@ from haplovl.evaluate.looking import Look, Shown
 from haplovl.evaluate.plots import FAINT, INK, RULE, STYLE
 
 DPI = 144
-MARGIN, GAP, CAPTION, LABEL, HEADER = 36, 18, 34, 170, 76
+MARGIN, GAP, CAPTION, LABEL, HEADER = 36, 18, 34, 190, 96
 """Pixels: around the sheet, between maps, below a map, left of the maps, and above them for the names of the layers."""
+LEAST_WIDTH = 1120
 ROW_WIDTH = 1500
 """Pixels that the maps of a row share, as long as each has its least side."""
 LEAST_SIDE, MOST_SIDE = 112, 240
-HEAT = 0.62
-"""How much of a map's colour covers the picture below it."""
-SURE = 99
-"""Percentile of all attention at which the colours end: a few patches often draw far more than all others."""
-LABEL_LETTERS = 13
+LESS, MORE, COVER = "#2563b0", "#ff5a1c", 0.8
+"""Colours of a patch that gets less and more attention than an even share, and how much they cover the picture."""
+BLACK = 0.2
+"""Gray of black pixels: on black itself no tint could be told from another."""
+LAST_PERCENTILE = 99
+"""Of all attention, where the colours end: a few patches often draw far more than all others."""
+LABEL_LETTERS = 12
 PARTS = {"pre": "pre-decoder", "post": "language model"}
 
 
@@ -39,19 +42,28 @@ def attention_figure(look: Look, most_layers: int | None = None) -> bytes:
         FigureCanvasAgg(figure)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return _palette(buffer.getvalue())
+    return _smaller(buffer.getvalue())
 
 
 def overlay(shown: Shown, values: np.ndarray, colours: ScalarMappable, height: int, width: int) -> np.ndarray:
     """A picture in gray below the colours of its patches' values: [rows, columns] → [height, width, 3] uint8.
 
-    Patches have sharp edges, as the model knows nothing in between. What no patch shows is dark gray.
+    Patches have sharp edges, as the model knows nothing in between. What no patch shows keeps its gray.
     """
     gray = np.asarray(_resized(shown.image.convert("L"), height, width), dtype=np.float32)[..., None] / 255
+    gray = BLACK + (1 - BLACK) * gray
     spread = shown.spread(values, height, width)
-    heat = colours.to_rgba(np.nan_to_num(spread))[..., :3]
-    mixed = np.where(np.isnan(spread)[..., None], gray * (1 - HEAT), gray * (1 - HEAT) + heat * HEAT)
-    return (255 * mixed).round().astype(np.uint8)
+    colour = colours.to_rgba(np.nan_to_num(spread))
+    cover = np.where(np.isnan(spread), 0.0, colour[..., 3])[..., None]
+    return (255 * (gray * (1 - cover) + colour[..., :3] * cover)).round().astype(np.uint8)
+
+
+def attention_colours(most: float) -> ScalarMappable:
+    """Colours of attention in multiples of an even share, up to `most`: an even share leaves the picture as it is."""
+    from_less, to_more = np.linspace(1, 0, 128), np.linspace(0, 1, 128)
+    colours = np.concatenate([np.tile(_unit(LESS), (128, 1)), np.tile(_unit(MORE), (128, 1))])
+    cover = COVER * np.concatenate([from_less, to_more])
+    return ScalarMappable(TwoSlopeNorm(1, 0, most), _see_through(colours, cover))
 
 
 def drawn_size(image: Image.Image, side: int) -> tuple[int, int]:
@@ -77,7 +89,7 @@ class _Sheet:
         self.look = look
         self.columns = [_Column(look.layers[i][0], f"layer {look.layers[i][1]}", i) for i in layers]
         if look.likeness is not None:
-            after = _Column("pre", "after it", None)
+            after = _Column("pre", "output", None)
             place = sum(column.part == "pre" for column in self.columns)
             self.columns.insert(place, after)
         side = ROW_WIDTH // (len(self.columns) * len(look.pictures))
@@ -85,19 +97,20 @@ class _Sheet:
         self.sizes = [drawn_size(shown.image, side) for shown in look.pictures]
         self.cell = max(h for h, _ in self.sizes), sum(w for _, w in self.sizes) + 6 * (len(self.sizes) - 1)
         self.step = max(self.cell[1], LEAST_SIDE) + GAP
+        self.relative = look.relative()
         self.attention, self.likeness = self._colours()
         self.texts: list[tuple[float, float, str, dict]] = []
 
     def draw(self) -> Figure:
         look, (cell_height, _) = self.look, self.cell
-        width = max(2 * MARGIN + LABEL + self.step * len(self.columns), 2 * MARGIN + 1000)
+        width = max(2 * MARGIN + LABEL + self.step * len(self.columns) - GAP, LEAST_WIDTH)
         title = self._title(width)
         top = MARGIN + title + HEADER
         row_step = cell_height + CAPTION + GAP
         split = GAP if 0 < look.of_question < len(look.tokens) else 0
         bottom = top + row_step * len(look.tokens) + split
         notes = self._notes(width)
-        height = bottom + 120 + 26 * len(notes) + MARGIN
+        height = bottom + 116 + 26 * len(notes) + MARGIN
         canvas = np.full((height, width, 3), 255, dtype=np.uint8)
         self._pictures(canvas)
         self._names(canvas, top)
@@ -107,7 +120,7 @@ class _Sheet:
             line = top + look.of_question * row_step - GAP // 2
             canvas[line : line + 2, MARGIN : width - MARGIN] = _rgb(RULE)
         for number, note in enumerate(notes):
-            self._say(MARGIN, bottom + 124 + 26 * number, note, size=8.5, color=FAINT)
+            self._say(MARGIN, bottom + 116 + 26 * number, note, size=8.5, color=FAINT)
         return self._figure(canvas, bottom + 40)
 
     def _title(self, width: int) -> int:
@@ -156,14 +169,13 @@ class _Sheet:
         style = {"size": 11, "color": FAINT} if asked else {"size": 12, "weight": "bold"}
         self._say(MARGIN, top + cell_height / 2 - 12, label or "(space)", **style)
         self._say(MARGIN, top + cell_height / 2 + 18, f"even: {_percent(look.even[row])}", size=8, color=FAINT)
-        relative = look.relative()
         for number, column in enumerate(self.columns):
             left, below = self._left(number), ""
             if column.layer is None:
                 maps, colours = [part[row] for part in look.likeness or []], self.likeness
                 below = f"{min(m.min() for m in maps):.2f} … {max(m.max() for m in maps):.2f}"
             else:
-                maps, colours = [part[row, column.layer] for part in relative], self.attention
+                maps, colours = [part[row, column.layer] for part in self.relative], self.attention
                 below = _percent(look.share[row, column.layer])
             self._say(left + cell_width / 2, top + cell_height + 16, below, size=8.5, color=INK, ha="center")
             for shown, values, (height, width) in zip(look.pictures, maps, self.sizes, strict=True):
@@ -176,12 +188,15 @@ class _Sheet:
     def _colours(self) -> tuple[ScalarMappable, ScalarMappable]:
         """One scale for all attention of the sheet, and one for all likeness."""
         layers = [column.layer for column in self.columns if column.layer is not None]
-        values = np.concatenate([part[:, layers].ravel() for part in self.look.relative()])
-        most = max(2.0, float(np.percentile(values, SURE)))
-        attention = ScalarMappable(Normalize(0, most, clip=True), "inferno")
+        values = np.concatenate([part[:, layers].ravel() for part in self.relative])
+        most = max(2.0, float(np.percentile(values, LAST_PERCENTILE)))
         cosines = np.concatenate([part.ravel() for part in self.look.likeness or [np.array([0.0, 1.0])]])
         low, high = float(cosines.min()), float(cosines.max())
-        return attention, ScalarMappable(Normalize(low, max(high, low + 0.01), clip=True), "viridis")
+        viridis = np.array(matplotlib.colormaps["viridis"].colors)
+        return (
+            attention_colours(most),
+            ScalarMappable(Normalize(low, max(high, low + 0.01)), _see_through(viridis, np.full(256, COVER - 0.2))),
+        )
 
     def _notes(self, width: int) -> list[str]:
         picture = "picture" if len(self.look.pictures) == 1 else "pictures"
@@ -192,8 +207,7 @@ class _Sheet:
         ]
         if self.look.likeness is not None:
             notes.append(
-                "After the pre-decoder: cosine of the token's own output with each patch's, from the least to the most "
-                "alike."
+                "Output of the pre-decoder: cosine of the token's own with each patch's, from least to most alike."
             )
         if self.look.left_out:
             notes.append(f"{self.look.left_out} more tokens are not shown.")
@@ -205,17 +219,19 @@ class _Sheet:
     def _figure(self, canvas: np.ndarray, bars: int) -> Figure:
         height, width = canvas.shape[:2]
         figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
-        figure.figimage(canvas, origin="upper")
+        figure.figimage(canvas, origin="upper", zorder=-1)
         for x, y, text, style in self.texts:
             figure.text(x / width, 1 - y / height, text, **style)
         self._bar(figure, self.attention, bars, MARGIN, "attention to a patch, in multiples of an even share", "max")
+        figure.axes[0].set_xticks(_ticks(self.attention.norm.vmax))
         if self.look.likeness is not None:
-            self._bar(figure, self.likeness, bars, MARGIN + 500, "likeness after the pre-decoder (cosine)", "neither")
+            self._bar(figure, self.likeness, bars, MARGIN + 500, "likeness of pre-decoder outputs (cosine)", "neither")
         return figure
 
     def _bar(self, figure: Figure, colours: ScalarMappable, top: int, left: int, name: str, extend: str) -> None:
         width, height = (1 / n for n in figure.get_size_inches() * DPI)
         axes = figure.add_axes((left * width, 1 - (top + 16) * height, 420 * width, 16 * height))
+        axes.set_facecolor("#808080")  # what the colours cover in a picture, on average
         bar = figure.colorbar(colours, cax=axes, orientation="horizontal", extend=extend)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=8, length=3)
@@ -239,11 +255,20 @@ def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
 
 
-def _palette(png: bytes) -> bytes:
-    """The same file with 256 colours: a third of the size."""
+def _see_through(colours: np.ndarray, cover: np.ndarray) -> ListedColormap:
+    return ListedColormap(np.column_stack([colours, cover]))
+
+
+def _ticks(most: float) -> list[float]:
+    """0, an even share, and whole multiples of it: about five."""
+    step = max(1, round(most / 4))
+    return [0, 1, *(n for n in range(step, int(most) + 1, step) if n > 1)]
+
+
+def _smaller(png: bytes) -> bytes:
+    """The same picture without its alpha channel, packed as tightly as PNG can."""
     buffer = io.BytesIO()
-    image = Image.open(io.BytesIO(png)).convert("RGB")
-    image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -253,3 +278,7 @@ def _percent(share: float) -> str:
 
 def _rgb(colour: str) -> tuple[int, ...]:
     return tuple(bytes.fromhex(colour.removeprefix("#")))
+
+
+def _unit(colour: str) -> tuple[float, ...]:
+    return tuple(value / 255 for value in _rgb(colour))

@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from PIL import Image
 
 from haplovl import cli
 from haplovl.errors import UserError
 from haplovl.evaluate import looking
-from haplovl.evaluate.attention_figure import attention_figure, drawn_size, overlay
+from haplovl.evaluate.attention_figure import attention_colours, attention_figure, drawn_size, overlay
 from haplovl.evaluate.looking import Shown, look
 from haplovl.model import HaploImageProcessor, HaploProcessor
 from haplovl.model.attention_weights import AttentionWeights
@@ -71,11 +69,16 @@ def test_by_hand_in_a_letterbox(tokenizer):
     assert lit(processor, wide, 2, 3) == (16, 48, 31, 63)
 
 
-@pytest.mark.parametrize("options", [{}, {"tiling": "released", "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}])
+@pytest.mark.parametrize(
+    "options", [{}, {"tiling": "released", "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}]
+)
 @pytest.mark.parametrize("size", [(96, 64), (64, 150), (300, 120), (90, 90), (200, 31)])
 @pytest.mark.parametrize("max_tiles", [1, 2, 6])
 def test_a_patch_lights_up_what_the_processor_puts_into_it(tokenizer, size, max_tiles, options):
-    """The picture's colours tell where a pixel is; a patch's mean colour must be that of the pixels it lights up."""
+    """The picture's colours tell where a pixel is; a patch's mean colour must be that of the pixels it lights up.
+
+    Blue is full in the picture and absent from padding: a patch's blue says how much of it the picture fills.
+    """
     processor = tiled(tokenizer, max_tiles, image_mean=(0,) * 3, image_std=(1,) * 3, **options)
     width, height = size
     y, x = np.mgrid[0:height, 0:width]
@@ -86,17 +89,18 @@ def test_a_patch_lights_up_what_the_processor_puts_into_it(tokenizer, size, max_
     tiles = inputs["pixel_values"][0][: grid.tiles]
     means = tiles.unflatten(2, (-1, PATCH)).unflatten(4, (-1, PATCH)).mean(dim=(3, 5)).permute(0, 2, 3, 1)
     means = merge_tiles(means.contiguous(), grid).numpy()
-    whole = np.argwhere(means[..., 2] > 0.999)  # blue everywhere: no padding in it
-    assert len(whole) > 0
+    filled = np.argwhere(means[..., 2] > 0.3)
+    assert len(filled) > 0
     placed = processor.image_processor.place(height, width)
     shown = Shown(image, placed, PATCH)
-    for row, column in whole:
+    for row, column in filled:
         values = np.zeros(means.shape[:2])
         values[row, column] = 1.0
         own = shown.spread(values, height, width) == 1
         # Half a pixel of rounding, and bicubic edges.
         tolerance = 0.01 + 1 / min(width, height)
-        assert np.allclose(pixels[own].mean(axis=0)[:2] / 255, means[row, column, :2], atol=tolerance)
+        expected = means[row, column, :2] / means[row, column, 2]
+        assert np.allclose(pixels[own].mean(axis=0)[:2] / 255, expected, atol=tolerance)
     if not options:
         covered = shown.spread(np.ones(means.shape[:2]), height, width)
         assert (covered == 1).all()  # every pixel of the picture belongs to a patch
@@ -148,7 +152,7 @@ def test_all_weight_on_one_patch_lights_it_up_and_nothing_else(vision, language,
     expected = np.zeros((8, 3))
     expected[target] = 4 * 8 + 8 * 3  # all of it, in multiples of an even share
     assert (second == expected).all()
-    colours = ScalarMappable(Normalize(0, expected.max()), "inferno")
+    colours = attention_colours(float(expected.max()))
     drawn = overlay(found.pictures[1], second[0, 0], colours, 60, 20).astype(int)
     cold = overlay(found.pictures[1], np.zeros((8, 3)), colours, 60, 20).astype(int)
     changed = np.argwhere((drawn != cold).any(axis=-1))
@@ -212,7 +216,10 @@ def test_attention_is_that_of_the_whole_weights(model, processor, monkeypatch):
     ids, answer = inputs["input_ids"][0], len(found.tokens) - found.of_question
     is_image = ids == processor.image_token_id
     patches = is_image.nonzero()[:, 0][model.model.image_embedding.is_patch([single_tile(4, 4)])]
-    own = [*range(len(ids) - answer - 1 - found.of_question, len(ids) - answer - 1), *range(len(ids) - answer, len(ids))]
+    own = [
+        *range(len(ids) - answer - 1 - found.of_question, len(ids) - answer - 1),
+        *range(len(ids) - answer, len(ids)),
+    ]
     queries = [place - (place >= len(ids) - answer) for place in own]
     assert "".join(processor.tokenizer.decode([t]).strip() for t in ids[own].tolist()) == "".join(found.tokens)
     for layer in range(2):
