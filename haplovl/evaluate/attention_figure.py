@@ -18,7 +18,7 @@ from haplovl.evaluate.looking import Look, Shown
 from haplovl.evaluate.plots import FAINT, INK, RULE, STYLE
 
 DPI = 144
-MARGIN, GAP, CAPTION, LABEL, HEADER = 36, 18, 34, 190, 96
+MARGIN, GAP, CAPTION, LABEL, HEADER = 36, 18, 44, 190, 96
 """Pixels: around the sheet, between maps, below a map, left of the maps, and above them for the names of the layers."""
 LEAST_WIDTH = 1120
 ROW_WIDTH = 1500
@@ -38,11 +38,11 @@ def attention_figure(look: Look, most_layers: int | None = None) -> bytes:
     """The look as a PNG file's content. `most_layers` draws only so many layers of each decoder, evenly spread."""
     with matplotlib.rc_context({**STYLE, "text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # an empty box stands for a character without a shape
-        figure = _Sheet(look, _spread(look.layers, most_layers)).draw()
-        FigureCanvasAgg(figure)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return _smaller(buffer.getvalue())
+        canvas = FigureCanvasAgg(_Sheet(look, _spread(look.layers, most_layers)).draw())
+        canvas.draw()
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def overlay(shown: Shown, values: np.ndarray, colours: ScalarMappable, height: int, width: int) -> np.ndarray:
@@ -177,10 +177,19 @@ class _Sheet:
             else:
                 maps, colours = [part[row, column.layer] for part in self.relative], self.attention
                 below = _percent(look.share[row, column.layer])
-            self._say(left + cell_width / 2, top + cell_height + 16, below, size=8.5, color=INK, ha="center")
+                self._gauge(canvas, left, top + cell_height + 8, look.share[row, column.layer], look.even[row])
+            self._say(left + cell_width / 2, top + cell_height + 28, below, size=8.5, color=INK, ha="center")
             for shown, values, (height, width) in zip(look.pictures, maps, self.sizes, strict=True):
                 canvas[top : top + height, left : left + width] = overlay(shown, values, colours, height, width)
                 left += width + 6
+
+    def _gauge(self, canvas: np.ndarray, left: int, top: int, share: float, even: float) -> None:
+        """A bar as long as the share, and a mark at an even share."""
+        width = self.cell[1]
+        canvas[top : top + 6, left : left + width] = _rgb(RULE)
+        canvas[top : top + 6, left : left + round(width * share)] = _rgb(FAINT)
+        mark = left + round((width - 3) * even)
+        canvas[top - 2 : top + 8, mark : mark + 3] = _rgb(INK)
 
     def _left(self, number: int) -> int:
         return MARGIN + LABEL + number * self.step
@@ -202,8 +211,8 @@ class _Sheet:
         picture = "picture" if len(self.look.pictures) == 1 else "pictures"
         notes = [
             f"Attention: mean over heads, where a token of the answer is said (the position before it) or one of the "
-            f"question is read. Below each map: attention that all tokens of the {picture} get together; even: what "
-            f"they would get if all visible tokens got the same."
+            f"question is read. Bar below a map: attention that all tokens of the {picture} get together; its mark and "
+            f"“even”: what they would get if all visible tokens got the same."
         ]
         if self.look.likeness is not None:
             notes.append(
@@ -263,13 +272,6 @@ def _ticks(most: float) -> list[float]:
     """0, an even share, and whole multiples of it: about five."""
     step = max(1, round(most / 4))
     return [0, 1, *(n for n in range(step, int(most) + 1, step) if n > 1)]
-
-
-def _smaller(png: bytes) -> bytes:
-    """The same picture without its alpha channel, packed as tightly as PNG can."""
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def _percent(share: float) -> str:
