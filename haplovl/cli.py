@@ -259,6 +259,47 @@ def export_released(
 
 
 @app.command()
+def look(
+    question: Annotated[str, typer.Argument(help="The question, in quotes.")],
+    image: Images = None,
+    model: Model = Path("models/stage2"),
+    answer: Annotated[
+        str | None, typer.Option(help="Look at this answer instead of the model's own.", show_default=False)
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("look.png"),
+    with_question: Annotated[bool, typer.Option("--with-question", help="Look at the question's words, too.")] = False,
+    max_new_tokens: MaxNewTokens = 64,
+) -> None:
+    """Draw where each token of an answer looks in the pictures, layer by layer."""
+    _only_errors_of_transformers()
+    from haplovl.look import look_at
+
+    look_at(model, question, image or [], answer, output, max_new_tokens, with_question)
+
+
+Side = Annotated[Path, typer.Argument(help="A trained model's folder, or a predictions.jsonl of an evaluation.")]
+
+
+@app.command()
+def side_by_side(
+    a: Side,
+    b: Side,
+    questions: Annotated[
+        Path | None, typer.Option(help="JSON lines with question and images (and answer); default: the evaluation's.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens; default: the evaluation's.")
+    ] = None,
+) -> None:
+    """Show two models' answers to the same questions, differences first."""
+    _only_errors_of_transformers()
+    from haplovl.evaluate.exams import take_exam
+    from haplovl.evaluate.side_by_side import show_side_by_side
+
+    show_side_by_side(take_exam(a, b, questions, max_new_tokens))
+
+
+@app.command()
 def preset(name: Annotated[str | None, typer.Argument(help="A file of params/, without .yaml.")] = None) -> None:
     """List the presets of params/, or make one the params.yaml of this project."""
     from haplovl.presets import list_presets, use_preset

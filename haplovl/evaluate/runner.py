@@ -11,6 +11,7 @@ from rich.table import Table
 from haplovl.data.media import Media
 from haplovl.errors import UserError
 from haplovl.evaluate.answer import Answer, blank, load_model, scored_answers
+from haplovl.evaluate.looks import draw_looks
 from haplovl.evaluate.questions import Question, digest, held_out_questions
 from haplovl.evaluate.report import write_report
 from haplovl.evaluate.scorers import Outcome, score
@@ -32,11 +33,13 @@ def evaluate(params: Params, root: Path = Path(".")) -> None:
     if not questions:
         raise UserError("the test split holds no questions about pictures: nothing can be evaluated")
     model, processor = load_model(root / STAGE2)
-    outcomes = ask_all(model, processor, questions, Media(root / RAW), params.evaluate)
+    media = Media(root / RAW)
+    outcomes = ask_all(model, processor, questions, media, params.evaluate)
+    looks = draw_looks(model, processor, outcomes, media)
     metrics = {**score(outcomes), "questions": len(questions), "data": {"sha256": digest(questions)}}
     with whole_folder(root / REPORTS / "evaluation") as folder:
         write_jsonl(folder / "predictions.jsonl", (prediction_row(outcome) for outcome in outcomes))
-        write_report(folder / "index.html", params, metrics, outcomes, root)
+        write_report(folder / "index.html", params, metrics, outcomes, root, looks)
     write_json(root / METRICS / "evaluation.json", metrics)
     console = Console()
     console.print(summary_table(metrics))
@@ -94,7 +97,9 @@ def prediction_row(outcome: Outcome) -> dict[str, Any]:
         "answer": question.answer,
         "prediction": outcome.prediction,
         "blank_prediction": outcome.blank_prediction,
+        "source": question.source,
         "images": [image.path for image in question.images],
+        "image_sha256": [image.sha256 for image in question.images],
         "correct": outcome.correct,
         "confidence": round(outcome.confidence, 3),
     }
