@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -13,6 +12,7 @@ from haplovl.data.validated import ImageFile
 from haplovl.errors import UserError
 from haplovl.evaluate.answer import load_model, one_line, require_haplovl, scored_answers
 from haplovl.evaluate.looking import special_in
+from haplovl.evaluate.predictions import Said, Side, as_object, read_predictions, text_of
 from haplovl.evaluate.questions import UNNAMED_KIND, Question, held_out_questions
 from haplovl.files import RAW, VALIDATED, require, sha256_of
 from haplovl.pictures import ImageError, decode_bytes, local_path, open_image
@@ -23,23 +23,6 @@ from haplovl.settings import PARAMS_FILE, EvaluateSettings, load_params
 OWN = ""
 """The source of pictures that are files on this machine rather than collected ones."""
 DECIMALS = 3
-
-
-@dataclass(frozen=True)
-class Said:
-    """A prediction and the mean log-probability of its tokens."""
-
-    question: Question
-    prediction: str
-    confidence: float
-
-
-@dataclass(frozen=True)
-class Side:
-    """What one model answered, by the ids of the questions."""
-
-    name: str
-    answers: dict[str, Said]
 
 
 @dataclass(frozen=True)
@@ -91,26 +74,6 @@ def take_exam(
     return Exam(sides[0], sides[1], media)
 
 
-def read_predictions(path: Path) -> Side:
-    """The answers in a predictions.jsonl file of the evaluation.
-
-    Raises:
-        UserError: the file is damaged, empty, lacks a column, or holds a question twice; names the line.
-    """
-    answers: dict[str, Said] = {}
-    for item in read_items(path):
-        place = f"{path}, line {item.position}"
-        if item.error:
-            raise UserError(f"{place}: {item.error}")
-        said = _said(item.data, place)
-        if said.question.id in answers:
-            raise UserError(f"{place}: the question '{said.question.id}' occurs twice")
-        answers[said.question.id] = said
-    if not answers:
-        raise UserError(f"{path} holds no predictions")
-    return Side(str(path), answers)
-
-
 def read_questions(path: Path) -> list[Question]:
     """Questions of one's own, one JSON object a line: `question`, `images` (paths below the file's folder) and, where
     they are known, `answer`, `kind` and `id`.
@@ -123,8 +86,8 @@ def read_questions(path: Path) -> list[Question]:
         place = f"{path}, line {item.position}"
         if item.error:
             raise UserError(f"{place}: {item.error}")
-        row = _object(item.data, place)
-        id_ = _text(row, "id", place, f"{path.stem}-{item.position}")
+        row = as_object(item.data, place)
+        id_ = text_of(row, "id", place, f"{path.stem}-{item.position}")
         if id_ in questions:
             raise UserError(f"{place}: the question '{id_}' occurs twice")
         names = row.get("images", [])
@@ -132,10 +95,10 @@ def read_questions(path: Path) -> list[Question]:
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
             raise UserError(f"{place}: 'images' must be a path or a list of paths")
         images = tuple(_own_picture(path.parent, name, place) for name in names)
-        text, answer = _text(row, "question", place).strip(), _text(row, "answer", place, "").strip()
+        text, answer = text_of(row, "question", place).strip(), text_of(row, "answer", place, "").strip()
         if not text:
             raise UserError(f"{place}: the question is empty")
-        questions[id_] = Question(id_, id_, _text(row, "kind", place, UNNAMED_KIND), images, text, answer, OWN)
+        questions[id_] = Question(id_, id_, text_of(row, "kind", place, UNNAMED_KIND), images, text, answer, OWN)
     if not questions:
         raise UserError(f"{path} holds no questions")
     return list(questions.values())
@@ -190,40 +153,6 @@ def _ask(folder: Path, questions: Sequence[Question], media: Media, settings: Ev
     answers = zip(questions, said, strict=True)
     # Rounded as predictions.jsonl is, so that it does not matter which of both an answer comes from.
     return Side(str(folder), {q.id: Said(q, answer.text, round(answer.confidence, DECIMALS)) for q, answer in answers})
-
-
-def _said(data: Any, place: str) -> Said:
-    row = _object(data, place)
-    for name in ("images", "image_sha256"):
-        if name not in row:
-            raise UserError(f"{place}: '{name}' is missing; 'haplovl evaluate' writes it")
-        if not isinstance(row[name], list) or not all(isinstance(entry, str) for entry in row[name]):
-            raise UserError(f"{place}: '{name}' must be a list of strings")
-    if len(row["images"]) != len(row["image_sha256"]):
-        raise UserError(f"{place}: there are {len(row['images'])} images, but {len(row['image_sha256'])} image_sha256")
-    confidence = row.get("confidence")
-    if not isinstance(confidence, (int, float)) or isinstance(confidence, bool):
-        raise UserError(f"{place}: 'confidence' must be a number")
-    images = tuple(ImageFile(path, sha, 0, 0) for path, sha in zip(row["images"], row["image_sha256"], strict=True))
-    id_, kind, question, answer, prediction, source = (
-        _text(row, name, place) for name in ("id", "kind", "question", "answer", "prediction", "source")
-    )
-    return Said(Question(id_, id_, kind, images, question, answer, source), prediction, float(confidence))
-
-
-def _object(data: Any, place: str) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise UserError(f"{place}: expected a JSON object, found {type(data).__name__}")
-    return data
-
-
-def _text(row: dict[str, Any], name: str, place: str, default: str | None = None) -> str:
-    value = row.get(name)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, str):
-        raise UserError(f"{place}: '{name}' is missing" if value is None else f"{place}: '{name}' must be a string")
-    return value
 
 
 def _own_picture(folder: Path, name: str, place: str) -> ImageFile:

@@ -12,9 +12,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from haplovl.errors import UserError
-from haplovl.evaluate.exams import Exam, Side
+from haplovl.evaluate.exams import Exam
 from haplovl.evaluate.pages import embedded_picture, page_templates
+from haplovl.evaluate.predictions import Side, require_same_questions
 from haplovl.evaluate.questions import Question
 from haplovl.evaluate.scorers import exact_match, normalise
 from haplovl.files import REPORTS, whole_folder, write_whole
@@ -104,29 +104,6 @@ def pair_up(first: Side, second: Side) -> list[Pair]:
     ]
 
 
-def require_same_questions(first: Side, second: Side) -> None:
-    """Refuses to compare answers to different questions.
-
-    Raises:
-        UserError: names how many questions differ, and one of them with what differs in it.
-    """
-    only = [sorted(set(a.answers) - set(b.answers)) for a, b in ((first, second), (second, first))]
-    if any(only):
-        told = " and ".join(
-            f"{len(ids)} only {side.name} (such as '{ids[0]}')"
-            for side, ids in zip((first, second), only, strict=True)
-            if ids
-        )
-        raise UserError(f"{first.name} and {second.name} answer different questions: {told} answered")
-    different = [(id_, _difference(said.question, second.answers[id_].question)) for id_, said in first.answers.items()]
-    found = [(id_, what) for id_, what in different if what]
-    if found:
-        raise UserError(
-            f"{first.name} and {second.name} were asked on different test data: {len(found)} of {len(different)} "
-            f"questions differ, such as '{found[0][0]}' in {found[0][1]}"
-        )
-
-
 def in_order(pairs: Sequence[Pair]) -> list[Pair]:
     """Differences first, group by group as in GROUPS; in a group of mistakes the surest first, else by a fixed hash."""
     groups = list(GROUPS)
@@ -206,17 +183,6 @@ def write_page(
             accuracies=[sum(pair.right[i] for pair in judged) / max(len(judged), 1) for i in (0, 1)],
         ),
     )
-
-
-def _difference(ours: Question, theirs: Question) -> str:
-    """The first thing in which two questions of one id differ; nothing where they are the same."""
-    for name, what in (("question", "its words"), ("answer", "its right answer"), ("kind", "its type")):
-        a, b = getattr(ours, name), getattr(theirs, name)
-        if a != b:
-            return f"{what} ('{a:.60}' and '{b:.60}')"
-    if [image.sha256 for image in ours.images] != [image.sha256 for image in theirs.images]:
-        return "the content of its pictures"
-    return ""
 
 
 def _card(pair: Pair, open_picture: Callable[[Question, int], Image.Image]) -> dict[str, Any]:

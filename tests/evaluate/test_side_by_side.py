@@ -11,7 +11,8 @@ from PIL import Image
 
 from haplovl import cli
 from haplovl.errors import UserError
-from haplovl.evaluate.exams import read_predictions, read_questions, take_exam
+from haplovl.evaluate.exams import read_questions, take_exam
+from haplovl.evaluate.predictions import read_predictions
 from haplovl.evaluate.side_by_side import counted, in_order, pair_up, show_side_by_side
 from haplovl.files import RAW, sha256_of
 
