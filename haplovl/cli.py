@@ -138,9 +138,12 @@ def plan(
 def evaluate() -> None:
     """Answer the held-out questions and write metrics and the report."""
     from haplovl.evaluate.runner import evaluate
+    from haplovl.evaluate.tracked import log_evaluation
     from haplovl.settings import load_params
 
-    evaluate(load_params())
+    params = load_params()
+    evaluate(params)
+    log_evaluation(params)
 
 
 @app.command()
@@ -297,6 +300,23 @@ def side_by_side(
     from haplovl.evaluate.side_by_side import show_side_by_side
 
     show_side_by_side(take_exam(a, b, questions, max_new_tokens))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN RUN…",
+            help="The folder of a project, an evaluation, a model, a run of runs/training, or an offline W&B run.",
+        ),
+    ],
+    html: Annotated[Path | None, typer.Option(help="Also write the comparison as a page, to this file.")] = None,
+) -> None:
+    """Compare runs from their files: settings, losses, speed, accuracies, and whether differences are real."""
+    from haplovl.evaluate.compare.show import show
+
+    show(runs, html)
 
 
 @app.command()
