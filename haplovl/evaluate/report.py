@@ -78,7 +78,10 @@ def write_report(
 
 
 def sample(outcomes: Sequence[Judged], count: int) -> list[Judged]:
-    """`count` outcomes (or predictions) spread over the types, chosen by a hash of the question: never by how well it was answered."""
+    """`count` outcomes (or predictions) spread over the types.
+
+    They are chosen by a hash of the question: never by how well it was answered.
+    """
     piles = [sorted(group, key=_hash_of) for group in by_kind(outcomes).values()]
     longest = max(map(len, piles), default=0)
     chosen = [pile[turn] for turn in range(longest) for pile in piles if turn < len(pile)][:count]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from haplovl.evaluate.compare.charts import COLOURS, accuracy_chart, loss_chart
 from haplovl.evaluate.compare.comparison import ALL, Comparison
-from haplovl.evaluate.compare.show import FIGURES, difference, lineage, measurements, points, share
+from haplovl.evaluate.compare.show import FIGURES, difference, lineage, measurements, share
 from haplovl.evaluate.pages import data_uri, page_templates
 from haplovl.files import write_whole
 
@@ -39,12 +39,7 @@ def write_page(target: Path, comparison: Comparison) -> None:
             for kind in comparison.kinds
         ],
         verdicts=[
-            {
-                "cells": difference(verdict),
-                "real": verdict.real,
-                "total": verdict.kind == ALL,
-                "mean": points(verdict.difference.mean),
-            }
+            {"cells": difference(verdict), "real": verdict.real, "total": verdict.kind == ALL}
             for verdict in comparison.verdicts
         ],
         overall=[verdict for verdict in comparison.verdicts if verdict.kind == ALL],
