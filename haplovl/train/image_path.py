@@ -32,11 +32,12 @@ MOST_QUERIES = 256
 def patch_gradient(module: nn.Module) -> float | None:
     """Norm of the patch embedding's gradient, before clipping; None where it is not trained or has no gradient.
 
+    With a vision tower, which may be frozen, it is that of the MLP's first layer: only pictures pass it.
     To be called between backward and optimiser step, by all ranks: with ZeRO 1 to 3 the parts are gathered. `module`
     is a model or an objective around one.
     """
     for name, parameter in module.named_parameters():
-        if name.endswith("image_embedding.patch.weight"):
+        if name.endswith(("image_embedding.patch.weight", "connector.linear_1.weight")):
             gradient = _whole_gradient(parameter) if parameter.requires_grad else None
             return None if gradient is None else float(torch.linalg.vector_norm(gradient.float()))
     return None
