@@ -140,9 +140,12 @@ def plan(
 def evaluate() -> None:
     """Answer the held-out questions and write metrics and the report."""
     from haplovl.evaluate.runner import evaluate
+    from haplovl.evaluate.tracked import log_evaluation
     from haplovl.settings import load_params
 
-    evaluate(load_params())
+    params = load_params()
+    evaluate(params)
+    log_evaluation(params)
 
 
 @app.command()
@@ -255,6 +258,23 @@ def export_released(
 
 
 app.add_typer(evidence)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN RUN…",
+            help="The folder of a project, an evaluation, a model, a run of runs/training, or an offline W&B run.",
+        ),
+    ],
+    html: Annotated[Path | None, typer.Option(help="Also write the comparison as a page, to this file.")] = None,
+) -> None:
+    """Compare runs from their files: settings, losses, speed, accuracies, and whether differences are real."""
+    from haplovl.evaluate.compare.show import show
+
+    show(runs, html)
 
 
 @app.command()

@@ -26,6 +26,8 @@ METRICS = Path("metrics")
 CANDIDATE = Path("candidate")
 RUNS = Path("runs")
 """Training state and logs: outside the DVC outs, so that a killed run finds its state again."""
+RUN_FILE = "run.json"
+"""Beside the results of a run: what they were made of (`haplovl.tracking.description`)."""
 
 
 @contextmanager

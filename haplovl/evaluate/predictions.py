@@ -1,5 +1,6 @@
 """Predictions that exist already: predictions.jsonl files, and whether two of them answer the same questions."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from haplovl.data.validated import ImageFile
 from haplovl.errors import UserError
 from haplovl.evaluate.questions import Question
+from haplovl.evaluate.scorers import exact_match
 from haplovl.records import read_items
 
 
@@ -17,6 +19,11 @@ class Said:
     question: Question
     prediction: str
     confidence: float
+
+    @property
+    def correct(self) -> bool:
+        """Whether it is the right answer."""
+        return exact_match(self.prediction, self.question.answer)
 
 
 @dataclass(frozen=True)
@@ -33,18 +40,30 @@ def read_predictions(path: Path) -> Side:
     Raises:
         UserError: the file is damaged, empty, lacks a column, or holds a question twice; names the line.
     """
-    answers: dict[str, Said] = {}
+    rows = {}
     for item in read_items(path):
-        place = f"{path}, line {item.position}"
         if item.error:
-            raise UserError(f"{place}: {item.error}")
-        said = _said(item.data, place)
+            raise UserError(f"{path}, line {item.position}: {item.error}")
+        rows[item.position] = item.data
+    return predictions_of(rows, str(path))
+
+
+def predictions_of(rows: Mapping[int, Any], name: str) -> Side:
+    """The answers in rows as the evaluation writes them, by the number of their line; `name` says where they are from.
+
+    Raises:
+        UserError: there are none, a row lacks a column, or a question occurs twice; names the line.
+    """
+    answers: dict[str, Said] = {}
+    for line, row in rows.items():
+        place = f"{name}, line {line}"
+        said = _said(row, place)
         if said.question.id in answers:
             raise UserError(f"{place}: the question '{said.question.id}' occurs twice")
         answers[said.question.id] = said
     if not answers:
-        raise UserError(f"{path} holds no predictions")
-    return Side(str(path), answers)
+        raise UserError(f"{name} holds no predictions")
+    return Side(name, answers)
 
 
 def require_same_questions(first: Side, second: Side) -> None:

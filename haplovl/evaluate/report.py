@@ -6,12 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from haplovl.data.media import Media
 from haplovl.evaluate.looks import DrawnLook
 from haplovl.evaluate.pages import data_uri, embedded_picture, page_templates
 from haplovl.evaluate.plots import accuracy_bars, loss_curves
+from haplovl.evaluate.predictions import Said
 from haplovl.evaluate.scorers import Outcome, by_kind, normalise
 from haplovl.files import (
     METRICS,
@@ -27,6 +28,7 @@ from haplovl.files import (
 )
 from haplovl.settings import Params, fingerprint
 
+Judged = TypeVar("Judged", Outcome, Said)
 WORST_SHOWN = 12
 CONFUSION_ANSWERS = 10
 """Answers with a row and a column of their own in the confusion table; the rest share one."""
@@ -75,8 +77,11 @@ def write_report(
     write_whole(target, page)
 
 
-def sample(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
-    """`count` outcomes spread over the types, chosen by a hash of the question: never by how well it was answered."""
+def sample(outcomes: Sequence[Judged], count: int) -> list[Judged]:
+    """`count` outcomes (or predictions) spread over the types.
+
+    They are chosen by a hash of the question: never by how well it was answered.
+    """
     piles = [sorted(group, key=_hash_of) for group in by_kind(outcomes).values()]
     longest = max(map(len, piles), default=0)
     chosen = [pile[turn] for turn in range(longest) for pile in piles if turn < len(pile)][:count]

@@ -15,10 +15,11 @@ from haplovl.evaluate.looks import draw_looks
 from haplovl.evaluate.questions import Question, digest, held_out_questions
 from haplovl.evaluate.report import write_report
 from haplovl.evaluate.scorers import Outcome, score
-from haplovl.files import METRICS, RAW, REPORTS, STAGE2, VALIDATED, require, whole_folder, write_json
+from haplovl.files import METRICS, RAW, REPORTS, RUN_FILE, STAGE2, VALIDATED, require, whole_folder, write_json
 from haplovl.progress import reporter
 from haplovl.records import write_jsonl
 from haplovl.settings import EvaluateSettings, Params
+from haplovl.tracking import description
 
 
 def evaluate(params: Params, root: Path = Path(".")) -> None:
@@ -39,6 +40,7 @@ def evaluate(params: Params, root: Path = Path(".")) -> None:
     metrics = {**score(outcomes), "questions": len(questions), "data": {"sha256": digest(questions)}}
     with whole_folder(root / REPORTS / "evaluation") as folder:
         write_jsonl(folder / "predictions.jsonl", (prediction_row(outcome) for outcome in outcomes))
+        write_json(folder / RUN_FILE, {"stage": "evaluate", **description(params, root)})
         write_report(folder / "index.html", params, metrics, outcomes, root, looks)
     write_json(root / METRICS / "evaluation.json", metrics)
     console = Console()
@@ -109,9 +111,10 @@ def summary_table(metrics: dict[str, Any]) -> Table:
     """The metrics as a table for the terminal."""
     table = Table(title="Held-out questions, exact match")
     table.add_column("type")
-    for name in ("accuracy", "majority", "blank image", "margin", "questions"):
+    for name in ("accuracy", "95 %", "majority", "blank image", "margin", "questions"):
         table.add_column(name, justify="right")
     for name, shares in {**metrics["types"], "all": metrics}.items():
-        numbers = [f"{shares[key]:.3f}" for key in ("accuracy", "majority", "blank_image", "margin")]
-        table.add_row(name, *numbers, str(shares["n"]), style="bold" if name == "all" else None)
+        accuracy, *others = [f"{shares[key]:.3f}" for key in ("accuracy", "majority", "blank_image", "margin")]
+        ends = f"{shares['accuracy_low']:.3f}–{shares['accuracy_high']:.3f}"
+        table.add_row(name, accuracy, ends, *others, str(shares["n"]), style="bold" if name == "all" else None)
     return table
