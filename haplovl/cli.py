@@ -259,6 +259,16 @@ def export_released(
 
 
 @app.command()
+def probe() -> None:
+    """Measure stage 1 on its own: likeness to the teacher, current tokens, zero-shot classes."""
+    _only_errors_of_transformers()
+    from haplovl.evaluate.probe.runner import probe
+    from haplovl.settings import load_params
+
+    probe(load_params())
+
+
+@app.command()
 def preset(name: Annotated[str | None, typer.Argument(help="A file of params/, without .yaml.")] = None) -> None:
     """List the presets of params/, or make one the params.yaml of this project."""
     from haplovl.presets import list_presets, use_preset
