@@ -101,7 +101,7 @@ def _heads(objective: nn.Module | None) -> dict[str, torch.Tensor]:
     """Weights of the throw-away heads that an objective has, in float32; all ranks call it."""
     found = {name: getattr(objective, name, None) for name in ("vision_head", "text_head")}
     return {
-        f"{head}.{name}": value.float().contiguous()
+        f"{head}.{name}": value.to(torch.float32, copy=True)
         for head, module in found.items()
         if module is not None
         for name, value in full_weights(module)

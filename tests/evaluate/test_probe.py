@@ -17,7 +17,7 @@ from haplovl.data.scenes import SceneMaker
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
 from haplovl.errors import UserError
 from haplovl.evaluate.probe.classes import imagenet, scenes
-from haplovl.evaluate.probe.runner import probe
+from haplovl.evaluate.probe.runner import measure, probe, rounded
 from haplovl.evaluate.probe.similarity import cka_matrix
 from haplovl.evaluate.probe.subject import load_subject
 from haplovl.evaluate.probe.zero_shot import image_features
@@ -116,8 +116,8 @@ def save(model, processor, settings, heads):
 
 
 def measured(params):
-    probe(params)
-    return json.loads(Path("metrics/stage1.json").read_text())
+    """The metrics without the page, whose charts take seconds."""
+    return rounded(measure(params, Path("."))[0])
 
 
 # --- it finds what is there ----------------------------------------------------------------------------------------
@@ -279,7 +279,8 @@ def test_the_model_loads_beside_its_heads(project, clip, language, processor):
 # --- what cannot be measured ---------------------------------------------------------------------------------------
 def test_no_class_token_leaves_only_zero_shot_undefined(project, params, clip, language, processor):
     save_stage1(clip, language, processor, class_token=False)
-    metrics = measured(params)
+    probe(params)
+    metrics = json.loads(Path("metrics/stage1.json").read_text())
     assert metrics["zero_shot"] == {"undefined": "the recipe has no class token (model.class_token)"}
     assert "cosine" in metrics["vision"]["in_records"] and "top1" in metrics["current_token"]["all"]
     assert "the recipe has no class token" in Path("reports/stage1/index.html").read_text()
@@ -299,7 +300,8 @@ def test_a_teacher_without_text_tower_or_tokenizer_is_said_to_be_one(project, pa
 def test_another_objective_is_undefined_throughout_and_needs_no_model(tmp_path, monkeypatch, params):
     monkeypatch.chdir(tmp_path)
     stage1 = params.stage1.model_copy(update={"objective": "next_token"})
-    metrics = measured(params.model_copy(update={"stage1": stage1}))
+    probe(params.model_copy(update={"stage1": stage1}))
+    metrics = json.loads(Path("metrics/stage1.json").read_text())
     reason = {"undefined": "stage 1 of this recipe is not a distillation"}
     assert metrics == {"vision": reason, "current_token": reason, "zero_shot": reason}
     assert Path("reports/stage1/index.html").read_text().count("is not a distillation") == 3
