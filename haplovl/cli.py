@@ -261,23 +261,6 @@ app.add_typer(evidence)
 
 
 @app.command()
-def compare(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN RUN…",
-            help="The folder of a project, an evaluation, a model, a run of runs/training, or an offline W&B run.",
-        ),
-    ],
-    html: Annotated[Path | None, typer.Option(help="Also write the comparison as a page, to this file.")] = None,
-) -> None:
-    """Compare runs from their files: settings, losses, speed, accuracies, and whether differences are real."""
-    from haplovl.evaluate.compare.show import show
-
-    show(runs, html)
-
-
-@app.command()
 def preset(name: Annotated[str | None, typer.Argument(help="A file of params/, without .yaml.")] = None) -> None:
     """List the presets of params/, or make one the params.yaml of this project."""
     from haplovl.presets import list_presets, use_preset

@@ -16,6 +16,8 @@ QUARANTINE = Path("data/quarantine")
 PREPARED = Path("data/prepared")
 TEACHERS = Path("models/teachers")
 STAGE1 = Path("models/stage1")
+HEADS = "heads.safetensors"
+"""The two heads that stage 1 trains and stage 2 drops, beside the model in STAGE1; `haplovl probe` needs them."""
 STAGE2 = Path("models/stage2")
 REPORTS = Path("reports")
 DATA_PROFILE = REPORTS / "data_profile.json"

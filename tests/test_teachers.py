@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 
 from haplovl.data.loader import PackedLoader, PreparedRecords
 from haplovl.data.prepare import prepare
@@ -84,15 +84,33 @@ def test_bin_files_become_safetensors_once(params, vision, language, tokenizer):
     assert torch.isfinite(model(**batch).logits).all()
 
 
-def test_a_whole_clip_gives_its_vision_tower(params, folders):
+@pytest.fixture
+def clip(folders):
+    """A whole CLIP in the vision teacher's folder."""
     torch.manual_seed(0)
     text = {**SIZES, "vocab_size": 50}
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config={**SIZES, "image_size": 32, "patch_size": 8}))
     clip.config.save_pretrained(folders / "clip")
     torch.save(clip.state_dict(), folders / "clip" / "pytorch_model.bin")
+    return clip
+
+
+def test_a_whole_clip_gives_its_vision_tower_and_keeps_its_text_tower(params, folders, clip, tokenizer):
+    tokenizer.save_pretrained(folders / "clip")
     make_teachers(params)
     taken = load_vision(TEACHERS / "vision")
     assert same_weights(taken.state_dict(), clip.vision_model.state_dict())
+    assert same_weights(CLIPModel.from_pretrained(TEACHERS / "vision").state_dict(), clip.state_dict())
+    assert AutoTokenizer.from_pretrained(TEACHERS / "vision").get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_clip_file_of_the_vision_tower_alone_is_enough(params, folders, clip):
+    weights = {name: tensor for name, tensor in clip.state_dict().items() if name.startswith("vision_model.")}
+    torch.save(weights, folders / "clip" / "pytorch_model.bin")
+    make_teachers(params)
+    assert same_weights(load_vision(TEACHERS / "vision").state_dict(), clip.vision_model.state_dict())
+    assert read_json(TEACHERS / "vision/config.json")["model_type"] == "clip_vision_model"
+    assert not (TEACHERS / "vision/tokenizer_config.json").exists()  # there was none
 
 
 def test_several_bin_files_and_a_tied_head_are_read_whole(params, folders, language):

@@ -117,8 +117,8 @@ def confusion(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
 
 def lineage(params: Params, metrics: dict[str, Any], root: Path) -> list[tuple[str, list[tuple[str, str]]]]:
     """What the numbers stand on, as sections of (name, value) rows: model, settings, questions, data, teachers."""
-    # The gate (`register`) judges these numbers and does not make them: moving it must not change this page.
-    made_by = params.model_dump(mode="json", by_alias=True, exclude={"register_"})
+    # The gate (`register`) and `probe` do not make these numbers: changing them must not change this page.
+    made_by = params.model_dump(mode="json", by_alias=True, exclude={"register_", "probe"})
     sections = [
         ("Model", [("folder", STAGE2.as_posix()), ("sha256 of all files", sha256_of_folder(root / STAGE2))]),
         ("Settings", [("recipe", params.recipe), ("seed", str(params.seed)), ("fingerprint", fingerprint(made_by))]),

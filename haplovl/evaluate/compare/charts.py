@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from haplovl.evaluate.compare.comparison import ALL, Comparison
-from haplovl.evaluate.plots import FAINT, INK, RULE, STYLE, thinned, to_svg
+from haplovl.evaluate.plots import FAINT, INK, RULE, STYLE, as_svg, thinned
 
 COLOURS = ("#1f5f8b", "#c4663c", "#2a7f78", "#7a5aa6", "#a8862a", "#9c2f4f", "#4d6b2f", "#5b6470")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -71,7 +71,7 @@ def _finish(figure: Figure, axes: Any) -> str:
     axes.yaxis.label.set_color(FAINT)
     axes.grid(axis="y", color=RULE, linewidth=0.7)
     axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
-    return to_svg(figure)
+    return as_svg(figure)
 
 
 def _colour(number: int) -> str:
