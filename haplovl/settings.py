@@ -104,6 +104,9 @@ class EvaluateSettings(Strict):
     questions_per_type: PositiveInt = 200
     max_new_tokens: PositiveInt = 8
     batch: PositiveInt = 128
+    """Most questions, and pictures of as many, that are computed at once."""
+    batch_tokens: PositiveInt = 16384
+    """Most tokens, with padding, that are computed at once; long prompts make smaller batches."""
     samples_in_report: PositiveInt = 30
 
 

@@ -1,19 +1,26 @@
 """Free-running greedy answers: one fresh conversation per question, never the right answer's tokens as input."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
 from haplovl.errors import UserError
+from haplovl.evaluate.prompts import Ending, Limits, Prefix, prefixes
+from haplovl.model.generation import context_of
 from haplovl.pictures import open_image
+from haplovl.settings import EvaluateSettings
 
 
 @dataclass(frozen=True)
@@ -52,36 +59,59 @@ def scored_answers(
     max_new_tokens: int,
     open_picture: Callable[[Any], Image.Image] = open_image,
     progress: Callable[[int], None] = lambda answered: None,
+    batch_tokens: int = EvaluateSettings().batch_tokens,
 ) -> list[Answer]:
     """Like `answer`, with confidences. `open_picture` makes pictures of what `images` holds (paths of
     files by default) when their batch is due.
 
-    Questions of about the same length share a batch, so that little is computed for padding. `progress` is told after
-    every batch how many questions are answered.
+    At most `batch` questions, pictures of as many, and `batch_tokens` tokens are computed at once. Questions about the
+    same pictures share what is read before their words, so that every picture is opened, embedded and read once. Equal
+    questions about the same pictures are asked once. `progress` is told after every batch how many are answered.
+
+    The model may be one in training: it is left as it was.
+
+    Raises:
+        UserError: a question holds a placeholder, or is with its pictures longer than the model's context.
     """
-    model.eval()
-    by_length = sorted(range(len(questions)), key=lambda i: (len(images[i]), len(questions[i]), i))
+    limits = Limits(batch, batch_tokens, context_of(model.config))
     answers: dict[int, Answer] = {}
-    for start in range(0, len(by_length), batch):
-        chosen = by_length[start : start + batch]
-        pictures = [[open_picture(path) for path in images[i]] for i in chosen]
-        said = _answer_batch(model, processor, [questions[i] for i in chosen], pictures, max_new_tokens)
-        answers.update(zip(chosen, said, strict=True))
-        progress(len(answers))
-    return [answers[i] for i in range(len(questions))]
+    with answering(model):
+        for read in _read_all(model, processor, prefixes(processor, questions, images), limits, open_picture):
+            for asked in read.batches(limits, max_new_tokens):
+                said = _answer(model, processor, read, asked, max_new_tokens)
+                for (_, ending), one in zip(asked, said, strict=True):
+                    answers |= dict.fromkeys(ending.numbers, one)
+                progress(len(answers))
+    return [answers[number] for number in range(len(questions))]
 
 
-def blank(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """A picture of the same size in one colour.
+@contextmanager
+def answering(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, without gradients; afterwards every part of it is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # Tensors of inference_mode that a model keeps would be refused by its next training step.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
-    The colour must be the image processor's `mean_colour`, never the mean of the picture itself: that would give away
-    how bright the scene is, hence how many digits it holds, and its colour.
+
+def blank(size: tuple[int, int], colour: tuple[int, int, int]) -> Image.Image:
+    """A picture of this width and height in one colour.
+
+    The colour must be the image processor's `mean_colour`, never the mean of the picture that it stands for: that would
+    give away how bright the scene is, hence how many digits it holds, and its colour.
     """
-    return Image.new("RGB", image.size, colour)
+    return Image.new("RGB", size, colour)
 
 
-def load_model(folder: Path) -> tuple[Any, Any]:
+def load_model(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:
     """The model of a folder, ready to answer on the GPU if there is one, and its processor.
+
+    It computes in the precision of its weights, or in that which `dtype` names.
 
     Raises:
         UserError: the folder is missing, holds no HaploVL model, or the model is damaged.
@@ -93,7 +123,7 @@ def load_model(folder: Path) -> tuple[Any, Any]:
 
     try:
         processor = HaploProcessor.from_pretrained(folder)
-        model = HaploForConditionalGeneration.from_pretrained(folder)
+        model = HaploForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"the model in {folder} cannot be loaded: {one_line(error)}") from None
     if not model.generation_config.suppress_tokens:  # a folder from before the model's own configuration held them
@@ -113,33 +143,129 @@ class Confidence(LogitsProcessor):
         return scores
 
 
-@torch.inference_mode()
-def _answer_batch(
-    model: Any, processor: Any, questions: list[str], pictures: list[list[Image.Image]], max_new_tokens: int
+@dataclass(frozen=True)
+class _Read:
+    """Prefixes that the model has read: their tokens and padding [N, P], and their keys and values (None if P is 0)."""
+
+    prefixes: list[Prefix]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    cache: Cache | None = None
+
+    def batches(self, limits: Limits, max_new_tokens: int) -> Iterator[list[tuple[int, Ending]]]:
+        """The endings with the rows of their prefixes, in batches of like lengths."""
+        asked = [(row, ending) for row, prefix in enumerate(self.prefixes) for ending in prefix.endings.values()]
+        asked.sort(key=lambda pair: len(pair[1].tokens))
+        room = self.ids.shape[1] + max_new_tokens
+        return limits.batches(asked, lambda pair: room + len(pair[1].tokens))
+
+    def rows(self, chosen: list[int]) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
+        """Tokens, padding and a cache of its own for every chosen row, without the columns that are padding in all."""
+        rows = torch.tensor(chosen, device=self.ids.device)
+        first = int(self.mask[rows].any(dim=0).int().argmax()) if self.cache is not None else 0
+        cut = (rows, slice(first, None))
+        cache = None
+        if self.cache is not None:
+            kept = [(layer.keys, layer.values) for layer in self.cache.layers]
+            cache = DynamicCache([(keys[rows, :, first:], values[rows, :, first:]) for keys, values in kept])
+        return self.ids[cut], self.mask[cut], cache
+
+
+def _read_all(
+    model: Any,
+    processor: Any,
+    shared: Sequence[Prefix],
+    limits: Limits,
+    open_picture: Callable[[Any], Image.Image],
+) -> Iterator[_Read]:
+    """The prefixes, read by the model in batches of like lengths; at most `limits.rows` are held open."""
+    for pictures, alike in groupby(shared, key=lambda prefix: len(prefix.pictures)):
+        while held := list(islice(alike, limits.rows)):
+            if not pictures:
+                _check_context(held, [0] * len(held), limits.context)
+                nothing = torch.zeros(len(held), 0, dtype=torch.long, device=model.device)
+                yield _Read(held, nothing, nothing)
+                continue
+            opened = [(prefix, _open(processor, prefix, open_picture)) for prefix in held]
+            _check_context(held, [_length(inputs) for _, inputs in opened], limits.context)
+            opened.sort(key=lambda pair: _length(pair[1]))
+            for part in limits.batches(opened, lambda pair: _length(pair[1])):
+                yield _read(model, processor, part)
+
+
+def _open(processor: Any, prefix: Prefix, open_picture: Callable[[Any], Image.Image]) -> dict[str, torch.Tensor]:
+    """The model's inputs for one prefix; of its pictures only the pixels that the model sees are kept."""
+    pictures = [open_picture(picture) for picture in prefix.pictures]
+    return dict(processor(text=[prefix.text], images=[pictures], return_tensors="pt"))
+
+
+def _length(inputs: dict[str, torch.Tensor]) -> int:
+    return inputs["input_ids"].shape[1]
+
+
+def _check_context(held: Sequence[Prefix], lengths: Sequence[int], context: float) -> None:
+    for prefix, length in zip(held, lengths, strict=True):
+        longest = max(prefix.endings.values(), key=lambda ending: len(ending.tokens))
+        tokens = length + len(longest.tokens)
+        if tokens > context:
+            raise UserError(
+                f"the question '{longest.question:.80}' has {tokens} tokens with its pictures, more than the model's "
+                f"context of {context}"
+            )
+
+
+def _read(model: Any, processor: Any, part: Sequence[tuple[Prefix, dict[str, torch.Tensor]]]) -> _Read:
+    inputs = {name: [own[name] for _, own in part] for name in part[0][1]}
+    ids, mask = _padded([row[0] for row in inputs.pop("input_ids")], processor)
+    del inputs["attention_mask"]
+    media = {name: _stacked(values).to(model.device) for name, values in inputs.items()}
+    media = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in media.items()}
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    out = model(input_ids=ids, attention_mask=mask, **media, use_cache=True, logits_to_keep=1)
+    return _Read([prefix for prefix, _ in part], ids, mask, out.past_key_values)
+
+
+def _padded(rows: Sequence[torch.Tensor], processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of tokens, padded on the left, and what is none: two [B, L]."""
+    padding = processor.tokenizer.pad_token_id or 0
+    ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
+    real = [torch.ones_like(row) for row in rows]
+    return ids, pad_sequence(real, batch_first=True, padding_value=0, padding_side="left")
+
+
+def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Pictures of several prefixes one after the other, [N, …], filled up with zeros to the most tiles."""
+    most = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    out = parts[0].new_zeros(sum(map(len, parts)), *most)
+    start = 0
+    for part in parts:
+        stop = start + len(part)
+        out[start:stop][(slice(None), *map(slice, part.shape[1:]))] = part
+        start = stop
+    return out
+
+
+def _answer(
+    model: Any, processor: Any, read: _Read, asked: Sequence[tuple[int, Ending]], max_new_tokens: int
 ) -> list[Answer]:
-    texts = [
-        processor.apply_chat_template(_conversation(question, len(shown)), add_generation_prompt=True, tokenize=False)
-        for question, shown in zip(questions, pictures, strict=True)
-    ]
-    inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(model.device, model.dtype)
+    """Goes on from read prefixes with the endings of prompts, and answers."""
+    ids, mask, cache = read.rows([row for row, _ in asked])
+    own_ids, own_mask = _padded([torch.tensor(ending.tokens, device=ids.device) for _, ending in asked], processor)
+    prompts = torch.cat([ids, own_ids], dim=1)
     noted = Confidence()
     output_ids = model.generate(
-        **inputs,
+        input_ids=prompts,
+        attention_mask=torch.cat([mask, own_mask], dim=1),
+        past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         logits_processor=LogitsProcessorList([noted]),
     )
-    new_ids = output_ids[:, inputs["input_ids"].shape[1] :]
+    new_ids = output_ids[:, prompts.shape[1] :]
     said = _until_end(new_ids, model.generation_config.eos_token_id)
-    log_probabilities = torch.stack(noted.steps, dim=1)
-    confidences = (log_probabilities * said).sum(1) / said.sum(1)
+    confidences = (torch.stack(noted.steps, dim=1) * said).sum(1) / said.sum(1)
     decoded = processor.batch_decode(new_ids, skip_special_tokens=True)
     return [Answer(text.strip(), value) for text, value in zip(decoded, confidences.tolist(), strict=True)]
-
-
-def _conversation(question: str, images: int) -> list[dict[str, Any]]:
-    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-    return [{"role": "user", "content": content}]
 
 
 def _until_end(new_ids: torch.Tensor, end: int | list[int] | None) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The evaluation: ask the held-out questions twice (seeing, then blanked), score, and write metrics and report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,37 +55,39 @@ def ask_all(
     media: Media,
     settings: EvaluateSettings,
 ) -> list[Outcome]:
-    """Asks every question with its pictures, then with the pictures blanked out."""
+    """Asks every question with its pictures, then with the pictures blanked out.
+
+    The model may be one in training; it is left as it was.
+
+    Raises:
+        UserError: see `scored_answers`.
+        ImageError: a picture cannot be read.
+    """
     texts = [question.question for question in questions]
     pictures = [[(question.source, image.path) for image in question.images] for question in questions]
-
-    def open_picture(name: tuple[str, str]) -> Image.Image:
-        return media.open(*name)
-
-    limits = {"batch": settings.batch, "max_new_tokens": settings.max_new_tokens}
-    with reporter("questions", len(questions)) as report:
-        told = {"open_picture": open_picture, "progress": report.update}
-        seen = scored_answers(model, processor, texts, pictures, **limits, **told)
-
+    sizes = [[(image.width, image.height) for image in question.images] for question in questions]
     colour = processor.image_processor.mean_colour
-    # Blanked out, many questions are the same one: equal words and equal picture sizes. Each is asked once.
-    keys = [(q.question, tuple((image.width, image.height) for image in q.images)) for q in questions]
-    first = {key: i for i, key in reversed(list(enumerate(keys)))}
-    asked = sorted(first.values())
-    with reporter("blanked questions", len(asked)) as report:
-        said = scored_answers(
-            model,
-            processor,
-            [texts[i] for i in asked],
-            [pictures[i] for i in asked],
-            **limits,
-            open_picture=lambda name: blank(open_picture(name), colour),
-            progress=report.update,
-        )
-    blanked: dict[int, Answer] = dict(zip(asked, said, strict=True))
+
+    def ask(name: str, shown: Sequence[Sequence[Any]], open_picture: Callable[[Any], Image.Image]) -> list[Answer]:
+        with reporter(name, len(questions)) as report:
+            return scored_answers(
+                model,
+                processor,
+                texts,
+                shown,
+                settings.batch,
+                settings.max_new_tokens,
+                open_picture=open_picture,
+                progress=report.update,
+                batch_tokens=settings.batch_tokens,
+            )
+
+    seen = ask("questions", pictures, lambda name: media.open(*name))
+    # Blanked out, pictures of one size are the same picture, and many questions are the same question.
+    blanked = ask("blanked questions", sizes, lambda size: blank(size, colour))
     return [
-        Outcome(question, answer.text, blanked[first[key]].text, answer.confidence)
-        for question, answer, key in zip(questions, seen, keys, strict=True)
+        Outcome(question, answer.text, blank_answer.text, answer.confidence)
+        for question, answer, blank_answer in zip(questions, seen, blanked, strict=True)
     ]
 
 
