@@ -94,7 +94,7 @@ def test_labels_are_the_answers_and_images_fill_their_blocks(project, processor)
         assert learnt == [label for label in sample.labels if label != IGNORE]
         answer = "yes" * (index % 2 + 1)
         assert processor.tokenizer.decode(learnt) == f" top left<|end|> {answer}<|end|>"
-        assert sample.input_ids.count(processor.image_token_id) == index * processor.image_tokens(32, 32)
+        assert list(sample.input_ids).count(processor.image_token_id) == index * processor.image_tokens(32, 32)
         assert (0 if sample.pixel_values is None else len(sample.pixel_values)) == index
 
 
@@ -111,8 +111,8 @@ def test_a_batch_holds_whole_documents_and_their_pictures_in_order(project, proc
         for document in range(int(batch.document_ids[row].max()) + 1):
             chosen = batch.document_ids[row] == document
             sample = by_id[next(names)]
-            assert batch.input_ids[row][chosen].tolist() == sample.input_ids
-            assert batch.labels[row][chosen].tolist() == sample.labels
+            assert batch.input_ids[row][chosen].tolist() == sample.input_ids.tolist()
+            assert batch.labels[row][chosen].tolist() == sample.labels.tolist()
             pixels += [] if sample.pixel_values is None else [sample.pixel_values]
     assert torch.equal(torch.cat(pixels), batch.pixel_values)
     assert bool((batch.labels[batch.document_ids < 0] == IGNORE).all())
@@ -298,7 +298,7 @@ def test_reading_a_record_reads_few_others(project, processor):
     file = pq.ParquetFile(PREPARED / "train-00000.parquet")
     groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     assert sum(groups) == 50
-    assert max(groups) <= 16
+    assert max(groups) <= 32
 
 
 # --- any resolution ------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def test_lengths_are_those_of_the_tokens_whatever_a_pictures_size(mixed_sizes):
         announced = [processor.image_tokens(image.height, image.width) for image in row.images]
         assert sample.id == row.record.id
         assert len(sample.input_ids) == len(sample.labels) == records.lengths[index]
-        assert sample.input_ids.count(processor.image_token_id) == sum(announced)
+        assert list(sample.input_ids).count(processor.image_token_id) == sum(announced)
         assert [processor.grid_tokens(grid) for grid in sample.image_grids] == announced
         if row.images:
             assert sample.pixel_values.shape == (sum(grid.tiles for grid in sample.image_grids), 3, 32, 32)
@@ -395,7 +395,7 @@ def test_packed_pictures_of_many_tiles_are_read_as_alone(mixed_sizes, model, int
                 while len(ids) < int(place.sum()):
                     sample = by_id[next(names)]
                     joined += bool(ids)
-                    ids += sample.input_ids
+                    ids += sample.input_ids.tolist()
                     pixels += [] if sample.pixel_values is None else [sample.pixel_values]
                     grids += sample.image_grids
                 assert batch.input_ids[row][place].tolist() == ids
