@@ -23,7 +23,7 @@ from haplovl.records import Record, Turn
 from haplovl.settings import BatchSettings, FolderTeacher, ModelSettings, StageMixture, load_params
 from haplovl.teachers import load_language, load_vision, make_teachers, recipe_processor
 from haplovl.train.image_path import attention_to_images, patch_gradient
-from haplovl.train.objectives import InstructionTuning
+from haplovl.train.objectives import NextToken
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -240,7 +240,7 @@ def test_recipes_with_other_models_train_on_the_same_shards(params, vision, lang
     torch.manual_seed(0)
     model = inherit(vision, copy.deepcopy(language), recipe.model, *ids)
     assert sum(image_sizes(model.config, batch.image_grids)) == int((batch.input_ids == ids[0]).sum())
-    objective = InstructionTuning(model)
+    objective = NextToken(model)
     loss = objective(batch)["loss"] / objective.counts(batch)["loss"]
     assert 4 < loss.item() < 8  # random words: the logarithm of about 300
     loss.backward()
