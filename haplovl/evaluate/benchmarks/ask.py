@@ -40,7 +40,13 @@ def run_benchmark(
 
 
 def evaluate_benchmark(
-    model: Any, processor: Any, name: str, data: Path, limit: int | None = None, batch: int = 64
+    model: Any,
+    processor: Any,
+    name: str,
+    data: Path,
+    limit: int | None = None,
+    batch: int = 64,
+    max_new_tokens: int | None = None,
 ) -> dict[str, Any]:
     """The result of a loaded model on a benchmark, as `evaluate_rows` gives it: for use beside training.
 
@@ -49,7 +55,7 @@ def evaluate_benchmark(
     """
     benchmark = find(name)
     rows = read_rows(benchmark, data, limit)
-    return evaluate_rows(model, processor, benchmark, rows, picture_digests(rows), batch)
+    return evaluate_rows(model, processor, benchmark, rows, picture_digests(rows), batch, max_new_tokens)
 
 
 def evaluate_rows(

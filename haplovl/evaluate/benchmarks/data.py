@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from haplovl.data.tables import CellReader
 from haplovl.errors import UserError
+from haplovl.evaluate.benchmarks.catalogue import BENCHMARKS
 from haplovl.evaluate.benchmarks.checking import check_records, name_of
 from haplovl.evaluate.benchmarks.reading import read_json_or_lines
 from haplovl.evaluate.benchmarks.rules import Benchmark, Record
@@ -59,6 +60,8 @@ def read_rows(benchmark: Benchmark, data: Path, limit: int | None = None) -> lis
         table = path.suffix == ".parquet"
         rows += _parquet_rows(benchmark, path, files.pictures) if table else _json_rows(benchmark, path)
     check_records(benchmark, [row.record for row in rows], [row.name for row in rows], str(data))
+    used = (*benchmark.fields, *benchmark.optional)
+    rows = [replace(row, record={name: row.record[name] for name in used if name in row.record}) for row in rows]
     return rows if limit is None else _first(benchmark, rows, limit)
 
 
@@ -203,15 +206,15 @@ def _picture_tables(paths: list[Path]) -> dict[str, Picture]:
 
 
 def _parquet_rows(benchmark: Benchmark, path: Path, apart: dict[str, Picture]) -> list[Row]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     there = _schema(path)
     _require_columns(benchmark, path, there.names, bool(apart))
-    wanted = [name for name in (*benchmark.fields, *benchmark.optional) if name in there.names]
-    records = pq.read_table(path, columns=list(dict.fromkeys(wanted))).to_pylist()
-    shapes = {name: pa.types.is_list(there.field(name).type) for name in there.names}
-    counts = {name: _list_lengths(path, name) for name in _first_pictures(benchmark, there.names) if shapes[name]}
+    # Columns that only other benchmarks have tell whether the table is one of theirs.
+    told = {*benchmark.optional, *(name for other in BENCHMARKS.values() for name in other.fields)}
+    records = pq.read_table(path, columns=[name for name in there.names if name in told]).to_pylist()
+    lists = "image" in there.names and _is_list(there.field("image").type)
+    counts = _list_lengths(path, "image") if lists else None
     rows = []
     for place, record in enumerate(records):
         if not benchmark.keeps(record):
@@ -226,17 +229,22 @@ def _parquet_rows(benchmark: Benchmark, path: Path, apart: dict[str, Picture]) -
     return rows
 
 
-def _first_pictures(benchmark: Benchmark, names: Iterable[str]) -> list[str]:
-    return [name for name in names if name == "image"] if "image" in benchmark.columns else []
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _list_lengths(path: Path, column: str) -> list[int]:
-    """How many pictures every row of a list column holds, read in batches: they are large."""
+    """How many pictures every row of a list column holds, counted by their names: the pictures are large."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    file = pq.ParquetFile(path, memory_map=True)
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    names = [leaf for leaf in leaves if leaf.startswith(f"{column}.") and leaf.endswith(".path")]
     lengths: list[int] = []
-    for batch in pq.ParquetFile(path, memory_map=True).iter_batches(16, columns=[column]):
+    for batch in file.iter_batches(16, columns=names or [column]):
         lengths += [length or 0 for length in pc.list_value_length(batch.column(0)).to_pylist()]
     return lengths
 
@@ -247,18 +255,18 @@ def _cells(
     path: Path,
     row: int,
     there: Sequence[str],
-    counts: dict[str, list[int]],
+    counts: list[int] | None,
     name: str,
 ) -> Iterable[Picture]:
     for column in _picture_columns(benchmark, record, name):
         if column not in there:
             raise UserError(f"{name}: {path} has no column {column!r}, which the question names")
-        if column not in counts:
+        if counts is None:
             yield Picture(path, row, column)
-            continue
-        if not counts[column][row]:
+        elif not counts[row]:
             raise UserError(f"{name} has no picture in the column {column!r}")
-        yield from (Picture(path, row, column, index) for index in range(counts[column][row]))
+        else:
+            yield from (Picture(path, row, column, index) for index in range(counts[row]))
 
 
 def _from_apart(record: Record, apart: dict[str, Picture], name: str) -> Picture:
@@ -300,13 +308,12 @@ def _json_rows(benchmark: Benchmark, path: Path) -> list[Row]:
             raise UserError(f"{name} is no object with the fields of {benchmark.title}")
         if not benchmark.keeps(record):
             continue
-        used = {key: record[key] for key in (*benchmark.fields, *benchmark.optional) if key in record}
         pictures = [
             _file(path.parent, named, name)
             for column in _picture_columns(benchmark, record, name)
             for named in _paths(record, column, name)
         ]
-        rows.append(Row(name, used, tuple(pictures)))
+        rows.append(Row(name, record, tuple(pictures)))
     return rows
 
 

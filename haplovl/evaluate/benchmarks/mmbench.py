@@ -49,7 +49,7 @@ def options_of(record: Record) -> dict[str, str]:
 
 
 def _row(record: Record, answer: str) -> Judgement:
-    """The option named as a word, else the one whose text is in the answer, else the most clearly marked letter."""
+    """lmms-eval's `prefetch_answer`, then its `extract_mcq_answer`: a word, else an option's text, else any letter."""
     said = answer.strip()
     # The text 'nan' of an absent option is compared like any other: so does lmms-eval, on 'banana' too.
     options = {letter: record.get(letter, ABSENT) for letter in ABCD}

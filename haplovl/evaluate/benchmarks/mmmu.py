@@ -17,6 +17,7 @@ from haplovl.evaluate.benchmarks.rules import (
     Judgement,
     Record,
     Reference,
+    Rule,
     columns,
     filled,
     hit,
@@ -54,8 +55,9 @@ _ENDS = (",", ".", "!", "?", ";", ":", "'")
 def chosen_letter(answer: str, options: Mapping[str, str], blank_before: bool, before_period: bool) -> str | None:
     """The option in an answer: as '(A)', else 'A ', else 'A.', else (in more than five words) by its text.
 
-    Of several the one said last counts. `blank_before` asks for a blank on both sides of 'A' (the official rule), and
-    `before_period` allows 'A.' (lmms-eval's). None where both programs would guess.
+    Of several the one said last counts. With `before_period` this is `parse_mmmu_multi_choice_response` of lmms-eval;
+    with `blank_before`, a blank on both sides of 'A', the official `parse_multi_choice_response`. None where both would
+    guess.
     """
     for mark in _ENDS:
         answer = answer.strip(mark)
@@ -155,7 +157,7 @@ def _is_choice(record: Record) -> bool:
     return record["question_type"] == CHOICE
 
 
-def _rule(blank_before: bool, before_period: bool):
+def _rule(blank_before: bool, before_period: bool) -> Rule:
     def rule(record: Record, answer: str) -> Judgement:
         if not _is_choice(record):
             return _open(record, answer)

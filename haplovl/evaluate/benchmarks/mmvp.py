@@ -41,7 +41,7 @@ def options_of(record: Record) -> list[str]:
 
 
 def _letter(answer: str) -> str | None:
-    """The letter of the first form that fits; else the first character, if it is A or B."""
+    """lmms-eval's `_extract_answer_letter`: the first form that fits; else the first character, if it is A or B."""
     said = answer.strip()
     for form in _FORMS:
         found = form.search(said)

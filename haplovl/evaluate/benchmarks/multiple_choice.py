@@ -50,7 +50,7 @@ def _science_gold(record: Record) -> str:
 
 
 def _science(record: Record, answer: str) -> Judgement:
-    """The whole answer is the letter (any case), or begins with the letter as a capital and a period."""
+    """lmms-eval's `sqa_process_results`: the letter alone (any case), or a capital and a period at the start."""
     said, gold = answer.strip(), _science_gold(record)
     if said.lower() == gold.lower():
         return hit(True, gold)
@@ -61,7 +61,7 @@ def _science(record: Record, answer: str) -> Judgement:
 
 
 def _science_llava(record: Record, answer: str) -> Judgement:
-    """The letter alone, at the start as 'A. ', or once after 'The answer is ', followed by any character."""
+    """LLaVA's: the letter alone, at the start as 'A. ', or once after 'The answer is ', with a character behind it."""
     said = answer.strip()
     found: str | None = None
     if said in list("ABCDE"):
@@ -115,7 +115,7 @@ def _ai2d_gold(record: Record) -> str:
 
 
 def _ai2d(record: Record, answer: str) -> Judgement:
-    """A capital and a period at the start stand for the letter; the rest is compared without case and punctuation."""
+    """lmms-eval's filter reads a capital and a period at the start; else the whole answer is compared, bare."""
     start = re.match(r"\s*([A-Z])\.", answer)
     said = bare((start[1] if start else answer).strip())
     letters = lettered(record["options"])
@@ -168,12 +168,13 @@ def _gold(record: Record) -> str:
 
 
 def _seed(record: Record, answer: str) -> Judgement:
-    """The first character is the answer, whatever follows: 'A cat' says A, and so does 'apple'."""
+    """lmms-eval's `seed_process_result`: the first character, whatever follows; 'apple' says A."""
     said = answer.strip()[:1]
     return hit(said.lower().strip() == _gold(record).lower(), said.upper() if said and said.upper() in ABCD else None)
 
 
 def _seed_llava(record: Record, answer: str) -> Judgement:
+    """LLaVA's `eval_single`: the letter and nothing else."""
     said = answer.strip()
     return hit(said == record["answer"], said if said in _seed_options(record) else None)
 
@@ -220,7 +221,7 @@ SEEDBENCH_IMG = Benchmark(
 
 
 def _realworld(record: Record, answer: str) -> Judgement:
-    """A letter found anywhere where the right answer is A to D; else the same text but for case and final periods."""
+    """A letter found anywhere if the right answer is A to D; else the same text, case and end periods aside."""
     said = answer.strip()
     if _gold(record) in list(ABCD):
         letter = last_marked_letter(said, ABCD)
@@ -260,6 +261,7 @@ _MMSTAR_ASKS = "\nAnswer with the option's letter from the given choices directl
 
 
 def _mmstar(record: Record, answer: str) -> Judgement:
+    """lmms-eval's `exact_match` of MMStar: a letter found anywhere."""
     letter = last_marked_letter(answer.strip(), ABCD)
     return hit(letter == _gold(record), letter)
 

@@ -28,20 +28,20 @@ def _gold(record: Record) -> str:
 
 
 def _pope(record: Record, answer: str) -> Judgement:
-    """Nothing but the word itself counts, in any case: 'Yes.' is wrong."""
+    """lmms-eval's `pope_process_results`: nothing but the word itself counts, in any case; 'Yes.' is wrong."""
     said = answer.lower().strip()
     return hit(said == _gold(record), said if said in ("yes", "no") else None)
 
 
 def _pope_llava(record: Record, answer: str) -> Judgement:
-    """'no' if the first sentence holds No, no or not as a word; anything else, even an empty answer, is 'yes'."""
+    """LLaVA's `eval_pope`: no if the first sentence holds the word No, no or not; all else, even nothing, is yes."""
     first_sentence = answer.strip().split(".")[0].replace(",", "")
     said = "no" if {"No", "no", "not"} & set(first_sentence.split(" ")) else "yes"
     return hit(said == _gold(record), said)
 
 
 def _pope_vlmevalkit(record: Record, answer: str) -> Judgement:
-    """The one of both words that the answer holds, punctuation aside; with both or none it is wrong."""
+    """VLMEvalKit's `YOrN_Extraction`: the one of both words that the answer holds; with both or none it is wrong."""
     plain = vqa_text.without_punctuation(answer.lower(), vqa_text.THOUSANDS, vqa_text.PERIODS_BETWEEN_WORDS)
     held = {"yes", "no"} & set(plain.split())
     said = held.pop() if len(held) == 1 else None

@@ -43,11 +43,13 @@ def bare(answer: str) -> str:
 
 
 def _gqa(record: Record, answer: str) -> Judgement:
+    """lmms-eval's `exact_match`: the same letters and digits, in any case."""
     said = bare(answer.strip())
     return hit(said == bare(record["answer"]), said)
 
 
 def _gqa_vlmevalkit(record: Record, answer: str) -> Judgement:
+    """VLMEvalKit's `process_line` with the method accuracy: the same text, in any case."""
     said = answer.strip().lower()
     return hit(said == record["answer"].strip().lower(), said)
 
@@ -101,12 +103,13 @@ def _with_answers(record: Record, form: Callable[[str], str]) -> list[dict[str, 
 
 
 def _vqa(record: Record, answer: str) -> Judgement:
+    """lmms-eval's `vqav2_process_results`: answers and annotations are normalised, always."""
     said = _vqa_form(answer)
     return Judgement(_agreement(_with_answers(record, _vqa_form), said, lambda entry: entry["answer"]), said)
 
 
 def _vqa_official(record: Record, answer: str) -> Judgement:
-    """Normalises only where the annotators disagree; where all ten say 'two', the answers 'Two' and '2' are wrong."""
+    """The official `VQAEval.evaluate` normalises only where annotators disagree: where all say 'two', '2' is wrong."""
 
     def form(text: str) -> str:
         punctuated = vqa_text.without_punctuation(vqa_text.one_line(text), vqa_text.THOUSANDS)
@@ -120,6 +123,8 @@ def _vqa_official(record: Record, answer: str) -> Judgement:
 
 
 def _vqa_vlmevalkit(record: Record, answer: str) -> Judgement:
+    """VLMEvalKit's `process_line` with the method vqa_score, as it scores TextVQA."""
+
     def form(text: str) -> str:
         plain = vqa_text.without_punctuation(
             vqa_text.one_line(text), vqa_text.THOUSANDS, vqa_text.PERIODS_BETWEEN_WORDS

@@ -142,5 +142,8 @@ def test_folders_without_usable_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("name", "other"), [("realworldqa", "pope"), ("gqa", "pope"), ("pope", "gqa")])
 def test_the_data_of_another_benchmark_are_refused(name, other, tmp_path):
-    write_json_folder(other, tmp_path / "data", 2)
-    assert f"({other})" in refusal(name, tmp_path / "data")
+    write_json_folder(other, tmp_path / "json", 2)
+    assert f"({other})" in refusal(name, tmp_path / "json")
+    write_parquet_folder(other, tmp_path / "parquet", 2)
+    message = refusal(name, tmp_path / "parquet")
+    assert f"({other})" in message or "lacks the column" in message
