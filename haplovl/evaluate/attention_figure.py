@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from haplovl.evaluate.looking import Look, Shown
@@ -34,11 +35,14 @@ LABEL_LETTERS = 12
 PARTS = {"pre": "pre-decoder", "post": "language model"}
 
 
-def attention_figure(look: Look, most_layers: int | None = None) -> bytes:
-    """The look as a PNG file's content. `most_layers` draws only so many layers of each decoder, evenly spread."""
+def attention_figure(look: Look, most_layers: int | None = None, explained: bool = True) -> bytes:
+    """The look as a PNG file's content.
+
+    `most_layers` draws only so many layers of each decoder, evenly spread; `explained` off leaves out how to read it.
+    """
     with matplotlib.rc_context({**STYLE, "text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # an empty box stands for a character without a shape
-        canvas = FigureCanvasAgg(_Sheet(look, _spread(look.layers, most_layers)).draw())
+        canvas = FigureCanvasAgg(_Sheet(look, _spread(look.layers, most_layers), explained).draw())
         canvas.draw()
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "PNG")
@@ -85,8 +89,8 @@ class _Column:
 class _Sheet:
     """Places everything in pixels from the top left, then draws it at once."""
 
-    def __init__(self, look: Look, layers: Sequence[int]) -> None:
-        self.look = look
+    def __init__(self, look: Look, layers: Sequence[int], explained: bool) -> None:
+        self.look, self.explained = look, explained
         self.columns = [_Column(look.layers[i][0], f"layer {look.layers[i][1]}", i) for i in layers]
         if look.likeness is not None:
             after = _Column("pre", "output", None)
@@ -209,15 +213,16 @@ class _Sheet:
 
     def _notes(self, width: int) -> list[str]:
         picture = "picture" if len(self.look.pictures) == 1 else "pictures"
-        notes = [
+        explanation = [
             f"Attention: mean over heads, where a token of the answer is said (the position before it) or one of the "
             f"question is read. Bar below a map: attention that all tokens of the {picture} get together; its mark and "
             f"“even”: what they would get if all visible tokens got the same."
         ]
         if self.look.likeness is not None:
-            notes.append(
+            explanation.append(
                 "Output of the pre-decoder: cosine of the token's own with each patch's, from least to most alike."
             )
+        notes = explanation if self.explained else []
         if self.look.left_out:
             notes.append(f"{self.look.left_out} more tokens are not shown.")
         return [line for note in notes for line in textwrap.wrap(note, (width - 2 * MARGIN) // 10)]
@@ -243,6 +248,8 @@ class _Sheet:
         axes.set_facecolor("#808080")  # what the colours cover in a picture, on average
         bar = figure.colorbar(colours, cax=axes, orientation="horizontal", extend=extend)
         bar.outline.set_visible(False)
+        bar.locator = MaxNLocator(5)
+        bar.update_ticks()
         bar.ax.tick_params(labelsize=8, length=3)
         bar.ax.set_title(name, fontsize=8.5, color=FAINT, loc="left", pad=5)
 
