@@ -270,12 +270,12 @@ def preset(name: Annotated[str | None, typer.Argument(help="A file of params/, w
 
 def main() -> None:
     """Runs the command; an error meant for the user ends it with one sentence and exit code 1."""
-    from haplovl.errors import UserError
+    from haplovl.errors import UserError, printable
 
     try:
         app()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     except OSError as error:
         if error.errno is None:
             raise

@@ -240,6 +240,8 @@ def _assemble(folder: Path, made: _Made, params: Params) -> dict[str, Any]:
         "tokenizer_sha256": sha256_of(TEACHERS / "processor" / "tokenizer.json"),
         "totals": {split: _totals(shard for shard in listed if shard["split"] == split) for split in SPLITS},
         "sources": _by_source(listed),
+        # Here, so that in DVC's graph a new weight reaches training, and a new licence does not.
+        "weights": {source.name: source.weight for source in params.collect.sources},
         "refused": dict(refused),
         "shortened": shortened,
         "shards": listed,

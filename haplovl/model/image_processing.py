@@ -123,9 +123,10 @@ class HaploImageProcessor(BaseImageProcessor):
         Raises:
             ImageError: (a ValueError) it cannot be read, or its size gives another layout.
         """
-        canvas, found = self._laid_out(self._rgb(picture))
+        image = self._rgb(picture)
+        canvas, found = self._laid_out(image)
         if found != grid:
-            raise ImageError(f"its size gives another layout ({found}) than was announced ({grid})")
+            raise ImageError(f"its size, {image.width}x{image.height}, gives another layout than was announced")
         self._cut(canvas, grid, tiles)
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:

@@ -1,5 +1,6 @@
 """From validated records through shards to packed batches: nothing lost, nothing mislabelled, any position."""
 
+import io
 import json
 import threading
 import time
@@ -12,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from haplovl.data.loader import IGNORE, PackedLoader, PreparedRecords
+from haplovl.data import prepared as prepared_room
+from haplovl.data.loader import PackedLoader
 from haplovl.data.media import Media
 from haplovl.data.picture_facts import ReadPictures
 from haplovl.data.prepare import prepare, read_manifest
+from haplovl.data.prepared import IGNORE, PreparedRecords
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
 from haplovl.errors import UserError
 from haplovl.files import PREPARED, RAW, TEACHERS, VALIDATED, sha256_of
@@ -281,6 +284,17 @@ def test_a_damaged_shard_is_named(project, processor):
             read()
 
 
+def test_more_shards_than_are_kept_open_are_read(mixed_sizes, monkeypatch):
+    params, processor, rows = mixed_sizes
+    prepare(params.model_copy(update={"prepare": params.prepare.model_copy(update={"records_per_shard": 2})}))
+    monkeypatch.setattr(prepared_room, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(prepared_room, "FOOTERS", 3)
+    records = PreparedRecords("train", processor)
+    assert len(list(PREPARED.glob("train-*.parquet"))) > 5
+    for index in [*range(20), *reversed(range(20)), 0, 19, 7]:
+        assert records[index].id == rows[index].record.id
+
+
 def test_pictures_do_not_stay_in_memory(mixed_sizes):
     params, processor, _ = mixed_sizes
     shards_of_four = params.prepare.model_copy(update={"records_per_shard": 4})
@@ -372,6 +386,17 @@ def test_prepare_counts_the_tokens_of_every_picture(mixed_sizes):
     assert len(set(longer.values())) > 3
     kept = [*PreparedRecords("train", processor).lengths, *PreparedRecords("test", processor).lengths]
     assert kept == [length for length in lengths if length <= limit]
+
+
+def test_a_picture_of_another_size_than_announced_is_named(mixed_sizes):
+    params, processor, _ = mixed_sizes
+    prepare(params)
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")  # two rows of two tiles; 9x128 is one column
+    rewrite("images", lambda images: [file.getvalue()], record="r13")
+    records = PreparedRecords("train", processor)
+    with pytest.raises(UserError, match=r"record 'r13' in .*image 1 of 1: its size, 64x64, gives another layout"):
+        _ = records[13].pixel_values
 
 
 @pytest.mark.parametrize("interleaved", [0.0, 1.0])
