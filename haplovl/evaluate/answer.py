@@ -86,7 +86,7 @@ def load_model(folder: Path) -> tuple[Any, Any]:
     Raises:
         UserError: the folder is missing, holds no HaploVL model, or the model is damaged.
     """
-    _require_haplovl(folder)
+    require_haplovl(folder)
     disable_progress_bar()  # of the weights: they load in a moment, and an answer should stand alone
     from haplovl.model import HaploForConditionalGeneration, HaploProcessor, pack_for_cpu
     from haplovl.model.inherit import suppress_placeholders
@@ -149,7 +149,12 @@ def _until_end(new_ids: torch.Tensor, end: int | list[int] | None) -> torch.Tens
     return is_end.cumsum(1) - is_end == 0
 
 
-def _require_haplovl(folder: Path) -> None:
+def require_haplovl(folder: Path) -> None:
+    """Refuses what is no folder of a HaploVL model, by its config.json alone.
+
+    Raises:
+        UserError: it is missing or holds another model.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no model folder {folder}; train a model with 'dvc repro', or name one with --model")
     try:
