@@ -51,7 +51,7 @@ def collect(run: Run, folder: Folder, output: Path) -> dict[str, Any]:
     samples = _samples(output, task.local)
     if [sample["doc_id"] for sample in samples] != list(range(run.asked(folder))):
         raise UserError(f"lmms-eval answered {len(samples)} questions of {task.title}, not {run.asked(folder)}")
-    results = {key: value for key, value in found["results"][task.local].items() if isinstance(value, (int, float))}
+    results = {key: value for key, value in found["results"][task.local].items() if _is_figure(key, value)}
     if task.metric not in results:
         raise UserError(f"lmms-eval gave no {task.metric.split(',')[0]} for {task.title}")
     answers = REPORTS / BENCHMARKS / f"{name}.jsonl"
@@ -120,6 +120,11 @@ def _line(metric: str, record: dict[str, Any], sample: dict[str, Any]) -> dict[s
         "tokens_in": tokens.get("input_tokens"),
         "tokens_out": tokens.get("output_tokens"),
     }
+
+
+def _is_figure(key: str, value: Any) -> bool:
+    """Standard errors are left out: lmms-eval gives F1, precision and recall those of the accuracy."""
+    return isinstance(value, (int, float)) and "_stderr" not in key
 
 
 def _only(value: Any) -> Any:
