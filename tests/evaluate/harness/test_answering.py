@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from one_word_model import save_one_word_model
 from PIL import Image
 
 from haplovl.errors import UserError
@@ -159,15 +160,12 @@ def by_hand(model, processor, text, paths, said):
     return sum(scores[i - 1, ids[i]].item() for i in steps), all(scores[i - 1].argmax() == ids[i] for i in steps)
 
 
-def test_the_model_s_own_answer_is_greedy(loaded) -> None:
-    model, processor = loaded
-    prompt = processor.apply_chat_template([{"role": "user", "content": TEXTS[0]}], add_generation_prompt=True)
-    ids = processor(text=[prompt], return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        best = processor.tokenizer.convert_ids_to_tokens(int(model(input_ids=ids).logits[0, -1].argmax()))
-    likely = processor.tokenizer.convert_tokens_to_string([best])
-    values = log_likelihoods(model, processor, [ask(TEXTS[0])] * 2, ["yes", likely.strip() or "no"], 2)
-    assert all(value < 0 for value, _ in values)
+def test_the_model_s_own_answer_is_the_greedy_one(model, processor, tmp_path) -> None:
+    loaded = load_model(save_one_word_model(model, processor, " A", tmp_path / "model"))
+    assert generate(*loaded, [ask(TEXTS[1])], 1)[0].text == "A"
+    own, other = log_likelihoods(*loaded, [ask(TEXTS[1])] * 2, [" A", " B"], 2)
+    assert own[1] and own[0] > -0.01
+    assert not other[1] and other[0] < -1
 
 
 def test_an_empty_answer_has_no_likelihood(loaded) -> None:
