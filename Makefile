@@ -1,6 +1,7 @@
 # make pipeline   everything: .venv, then the Prefect flow over all stages of dvc.yaml, then the version
-# make test       the fast tests;  make test-slow  drills that take minutes;  make test-harness  lmms-eval's own
-# make eval-env   .venv-eval: lmms-eval, for published benchmarks. EVAL_TORCH='torch==VERSION --index-url URL' for a GPU
+# make compare    recipes on equal terms, then reports/comparison/;  make ablations  single switches
+# make test       the fast tests;  make test-slow  drills that take minutes;  make test-harness  through lmms-eval
+# make eval-env   .venv-eval: lmms-eval, for published benchmarks; docs/benchmarks.md says how for GPUs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,11 +16,15 @@ COMPUTE ?= $(or $(HAPLOVL_COMPUTE),laptop)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: pipeline test test-slow test-harness lint venv eval-env clean
+.PHONY: pipeline compare ablations test test-slow test-harness lint venv eval-env clean
 .DEFAULT_GOAL := pipeline
 
 pipeline: $(READY)
 	@$(BIN)/python -m flows.pipeline --compute $(COMPUTE)
+
+# Both go on where they were interrupted; JOBS=1 trains one recipe at a time.
+compare ablations: $(READY)
+	@$(BIN)/python -m flows.compare $@ $(if $(JOBS),--jobs $(JOBS))
 
 test: $(READY)
 	@$(BIN)/python -m pytest -m "not slow and not harness"

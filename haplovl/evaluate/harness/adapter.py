@@ -68,8 +68,8 @@ class HaploVL(lmms):
         padding = GenerationResult(text="")
         return [padding if request.metadata.get("__padding_only__") else _result(next(replies)) for request in requests]
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """(log-likelihood, is greedy) of every continuation.
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """(log-likelihood, is greedy) of every continuation, wrapped: lmms-eval 0.7.3 makes a text of a bare pair.
 
         For tasks of the type multiple_choice, whose continuations are texts, lmms-eval 0.7.3 takes the choice with the
         smallest value: there, the log-likelihood is negated, as its own models' losses are.
@@ -82,7 +82,8 @@ class HaploVL(lmms):
             signs.append(-1 if is_choice else 1)
         questions = [self._question(request, {}) for request in requests]
         found = log_likelihoods(self.model, self.processor, questions, continuations, self.batch)
-        return [(sign * value, greedy) for sign, (value, greedy) in zip(signs, found, strict=True)]
+        pairs = [(sign * value, greedy) for sign, (value, greedy) in zip(signs, found, strict=True)]
+        return [GenerationResult(text=pair) for pair in pairs]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not offered."""
