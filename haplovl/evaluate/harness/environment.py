@@ -54,14 +54,19 @@ def find_environment(folder: Path = FOLDER) -> Environment:
     return Environment(python, packages / "lmms_eval" / "tasks", json.loads(done.stdout.splitlines()[-1]))
 
 
-def variables(own: dict[str, str]) -> dict[str, str]:
-    """The environment variables of a program that must not reach the network, or read what other projects set."""
+def variables(own: dict[str, str], data_sha256: str = "") -> dict[str, str]:
+    """The environment variables of a program that must not reach the network, or read what other projects set.
+
+    `data_sha256` names the folder in which the datasets library keeps its copy of the tables: by itself, it knows a
+    file again by its path and time, and would hand out what stood there before.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
         if name not in UNWANTED and not name.startswith(UNWANTED_PREFIXES)
     }
     cache = CACHE.absolute()
+    copies = str(cache / (data_sha256 or "datasets"))
     return kept | {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
@@ -70,8 +75,8 @@ def variables(own: dict[str, str]) -> dict[str, str]:
         "WANDB_MODE": "disabled",
         "DO_NOT_TRACK": "1",
         "HF_HOME": str(cache / "hub"),
-        "HF_DATASETS_CACHE": str(cache / "datasets"),
-        "LMMS_EVAL_DATASETS_CACHE": str(cache / "datasets"),
+        "HF_DATASETS_CACHE": copies,
+        "LMMS_EVAL_DATASETS_CACHE": copies,
         "TOKENIZERS_PARALLELISM": "false",
         **own,
     }

@@ -16,7 +16,7 @@ from haplovl.files import RUNS, sha256_of_folder, write_whole
 from haplovl.progress import reporter
 
 WORK = RUNS / "harness"
-_ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt): ")
+_ERROR = re.compile(r"(?:\[rank\d+\]: *)?([\w.]*(?:Error|Exception|Interrupt): .*)")
 _PROGRESS = re.compile(r"haplovl answered (\d+) of (\d+)")
 
 
@@ -58,7 +58,7 @@ def _run_task(run: Run, folder: Folder) -> Path:
     own = {GQA_PICTURES: str(folder.path.absolute())} if folder.picture_files else {}
     if not run.environment.facts["gpus"]:
         own["ACCELERATE_USE_CPU"] = "true"
-    status = _follow(command(run, task.local), work, own, task.title, run.asked(folder))
+    status = _follow(command(run, task.local), work, variables(own, folder.sha256), task.title, run.asked(folder))
     log = WORK / task.name / "log.txt"
     if status or not list((work / "output").rglob("*_results.json")):
         raise UserError(f"lmms-eval failed on {task.title}: {_reason(work / 'log.txt')} (all it said is in {log})")
@@ -82,14 +82,14 @@ def command(run: Run, task: str) -> list[str]:
     ]
 
 
-def _follow(command: list[str], work: Path, own: dict[str, str], title: str, total: int) -> int:
+def _follow(command: list[str], work: Path, env: dict[str, str], title: str, total: int) -> int:
     """Runs a command, its output in log.txt; shows the progress that the adapter reports. Gives the exit code."""
     print(f"{title}: {total} questions", flush=True)
     write_whole(work / "command.txt", " ".join(command) + "\n")
     program = subprocess.Popen(
         command,
         cwd=work,
-        env=variables(own),
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -113,6 +113,6 @@ def _follow(command: list[str], work: Path, own: dict[str, str], title: str, tot
 def _reason(log: Path) -> str:
     """The last line of a log that names an error, else its last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-    errors = [line for line in lines if _ERROR.match(line)]
+    errors = [found[1] for line in lines if (found := _ERROR.match(line))]
     last = (errors or lines or ["it said nothing"])[-1]
     return last.removeprefix("haplovl.errors.UserError: ")[:300]
