@@ -97,6 +97,28 @@ def benchmark(
 
 
 @evidence.command()
+def harness(
+    benchmarks: Annotated[
+        list[str],
+        typer.Argument(
+            help="gqa, vqav2, scienceqa_img, ai2d, mmbench_en_dev, mmmu_val, realworldqa, mmstar, pope, seedbench_img, "
+            "mmvp, or: all"
+        ),
+    ],
+    data: Annotated[Path, typer.Option(help="Holds a folder for each benchmark, with the published files.")],
+    model: Model = Path("models/stage2"),
+    processes: Annotated[int, typer.Option(min=1, help="One for every GPU; each answers its share.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first so many questions.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Questions that a process answers at a time.")] = 16,
+) -> None:
+    """Run published benchmarks through lmms-eval (make eval-env), offline; writes metrics/ and reports/benchmarks/."""
+    only_errors_of_transformers()
+    from haplovl.evaluate.harness.run import run_harness
+
+    run_harness(benchmarks, data, model, processes, limit, batch)
+
+
+@evidence.command()
 def look(
     question: Annotated[str, typer.Argument(help="The question, in quotes.")],
     image: Images = None,
