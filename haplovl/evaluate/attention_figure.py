@@ -24,7 +24,7 @@ MARGIN, GAP, CAPTION, LABEL, HEADER = 36, 18, 44, 190, 96
 LEAST_WIDTH = 1120
 ROW_WIDTH = 1500
 """Pixels that the maps of a row share, as long as each has its least side."""
-LEAST_SIDE, MOST_SIDE = 112, 240
+LEAST_SIDE, MOST_SIDE = 128, 240
 LESS, MORE, COVER = "#2563b0", "#ff5a1c", 0.8
 """Colours of a patch that gets less and more attention than an even share, and how much they cover the picture."""
 BLACK = 0.2
@@ -114,7 +114,7 @@ class _Sheet:
         split = GAP if 0 < look.of_question < len(look.tokens) else 0
         bottom = top + row_step * len(look.tokens) + split
         notes = self._notes(width)
-        height = bottom + 116 + 26 * len(notes) + MARGIN
+        height = bottom + 84 + (26 * len(notes) + 20 if notes else 0) + MARGIN
         canvas = np.full((height, width, 3), 255, dtype=np.uint8)
         self._pictures(canvas)
         self._names(canvas, top)
@@ -225,7 +225,7 @@ class _Sheet:
         notes = explanation if self.explained else []
         if self.look.left_out:
             notes.append(f"{self.look.left_out} more tokens are not shown.")
-        return [line for note in notes for line in textwrap.wrap(note, (width - 2 * MARGIN) // 10)]
+        return [line for note in notes for line in textwrap.wrap(note, min(150, (width - 2 * MARGIN) // 10))]
 
     def _say(self, x: float, y: float, text: str, **style) -> None:
         self.texts.append((x, y, text, {"va": "center", "ha": "left", "color": INK, **style}))
@@ -248,7 +248,7 @@ class _Sheet:
         axes.set_facecolor("#808080")  # what the colours cover in a picture, on average
         bar = figure.colorbar(colours, cax=axes, orientation="horizontal", extend=extend)
         bar.outline.set_visible(False)
-        bar.locator = MaxNLocator(5)
+        bar.locator = MaxNLocator(5, steps=[1, 2, 5, 10])
         bar.update_ticks()
         bar.ax.tick_params(labelsize=8, length=3)
         bar.ax.set_title(name, fontsize=8.5, color=FAINT, loc="left", pad=5)
