@@ -6,7 +6,7 @@ import string
 import numpy as np
 import pytest
 from golden_scores import answered, golden
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haplovl.evaluate.benchmarks import find, names, score_records
@@ -53,6 +53,7 @@ def test_the_bare_letter_is_right_by_every_reference(name):
 
 
 @pytest.mark.parametrize("name", names())
+@settings(max_examples=25)
 @given(answer=ANSWERS)
 def test_any_answer_gets_a_score_and_always_the_same(name, answer):
     record = golden(name)["records"][0]["record"]
@@ -65,6 +66,7 @@ def test_any_answer_gets_a_score_and_always_the_same(name, answer):
 
 
 @pytest.mark.parametrize("name", names())
+@settings(max_examples=25)
 @given(answer=ANSWERS)
 def test_blanks_around_an_answer_do_not_matter(name, answer):
     record = golden(name)["records"][0]["record"]
@@ -115,6 +117,7 @@ def test_vqa_agreement_is_the_mean_over_nine_annotators(share):
     assert score == pytest.approx(wanted)
 
 
+@settings(max_examples=16)
 @given(wrong=st.sets(st.integers(0, 3)))
 def test_an_mmbench_question_is_right_if_all_its_rotations_are(wrong):
     options = ["red", "green", "blue", "grey"]
