@@ -114,7 +114,7 @@ def summary_table(metrics: dict[str, Any]) -> Table:
     table = Table(title="Held-out questions, exact match")
     table.add_column("type")
     for name in ("accuracy", "95 %", "majority", "blank image", "margin", "questions"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name == "95 %")
     for name, shares in {**metrics["types"], "all": metrics}.items():
         accuracy, *others = [f"{shares[key]:.3f}" for key in ("accuracy", "majority", "blank_image", "margin")]
         ends = f"{shares['accuracy_low']:.3f}–{shares['accuracy_high']:.3f}"

@@ -13,7 +13,6 @@ from haplovl.evaluate.compare.wandb_files import read_offline_run
 from haplovl.evaluate.predictions import Side, predictions_of, read_predictions
 from haplovl.files import RUN_FILE, STAGE1, STAGE2, read_json
 from haplovl.settings import Params
-from haplovl.strict import SettingsError
 
 STATE_LOG, MODEL_LOG, PREDICTIONS = "log.jsonl", "training_log.jsonl", "predictions.jsonl"
 STAGES = ("stage1", "stage2")
@@ -176,7 +175,7 @@ def _about_of_project(folder: Path) -> About:
         raise UserError(f"{params} does not hold settings by name")
     try:
         whole = Params.model_validate(settings).model_dump(mode="json", by_alias=True)
-    except (ValueError, SettingsError):  # of another version of the code: as they stand
+    except ValueError:  # of another version of the code: as they stand
         whole = settings
     whole = {name: value for name, value in whole.items() if name not in ("register", "compare")}
     return _about({"recipe": whole.get("recipe", ""), "seed": whole.get("seed"), "params": whole})
