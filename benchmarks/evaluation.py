@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from haplovl.data.media import Media
-from haplovl.evaluate.answer import load_model, scored_answers
+from haplovl.evaluate.answer import load_model, load_to_evaluate, scored_answers
 from haplovl.evaluate.questions import Question, held_out_questions
 from haplovl.evaluate.runner import ask_all
 from haplovl.files import RAW, STAGE2, VALIDATED
@@ -119,10 +120,11 @@ def ways_of_asking(
     }
 
 
-def measure(root: Path, count: int, precision: str, repeats: int) -> dict[str, Any]:
+def measure(root: Path, count: int, precision: str | None, repeats: int) -> dict[str, Any]:
     """Times of all ways of asking, and how their answers compare."""
     settings, media, questions = load_params(root / "params.yaml").evaluate, Media(root / RAW), exam(root, count)
-    loading, (model, processor) = seconds(lambda: load_model(root / STAGE2, precision))
+    load = partial(load_model, dtype=precision) if precision else load_to_evaluate
+    loading, (model, processor) = seconds(lambda: load(root / STAGE2))
     for work in ways_of_asking(model, processor, questions[:64], media, settings).values():
         work()  # kernels are chosen, files come into memory
     times: dict[str, list[float]] = {}
@@ -195,7 +197,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("--root", type=Path, default=Path("."), help="project with model and data (default: this one)")
     parser.add_argument("--questions", type=int, default=2000, help="how many to ask (default: 2000)")
-    parser.add_argument("--precision", default="auto", help="float32 or bfloat16 (default: that of the weights)")
+    parser.add_argument("--precision", help="as bfloat16 (default: as `haplovl evaluate` loads it)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of all ways but one at a time (default: 3)")
     options = parser.parse_args()
     report = measure(options.root, options.questions, options.precision, options.repeats)

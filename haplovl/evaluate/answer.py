@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
 from haplovl.errors import UserError
 from haplovl.evaluate.prompts import Ending, Limits, Prefix, prefixes
+from haplovl.model.cache import fit_cache
 from haplovl.model.generation import context_of
 from haplovl.pictures import open_image
 from haplovl.settings import EvaluateSettings
@@ -111,7 +113,8 @@ def blank(size: tuple[int, int], colour: tuple[int, int, int]) -> Image.Image:
 def load_model(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:
     """The model of a folder, ready to answer on the GPU if there is one, and its processor.
 
-    It computes in the precision of its weights, or in that which `dtype` names.
+    It computes in the precision of its weights, or in that which `dtype` names; in float32 on a CPU without
+    instructions for it.
 
     Raises:
         UserError: the folder is missing, holds no HaploVL model, or the model is damaged.
@@ -120,6 +123,7 @@ def load_model(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:
     disable_progress_bar()  # of the weights: they load in a moment, and an answer should stand alone
     from haplovl.model import HaploForConditionalGeneration, HaploProcessor, pack_for_cpu
     from haplovl.model.inherit import suppress_placeholders
+    from haplovl.model.packed import can_pack
 
     try:
         processor = HaploProcessor.from_pretrained(folder)
@@ -128,7 +132,20 @@ def load_model(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:
         raise UserError(f"the model in {folder} cannot be loaded: {one_line(error)}") from None
     if not model.generation_config.suppress_tokens:  # a folder from before the model's own configuration held them
         suppress_placeholders(model)
-    return pack_for_cpu(model.eval().to("cuda" if torch.cuda.is_available() else "cpu")), processor
+    if torch.cuda.is_available():
+        return model.eval().to("cuda"), processor
+    return pack_for_cpu(model.eval() if can_pack(model.dtype) else model.eval().float()), processor
+
+
+def load_to_evaluate(folder: Path) -> tuple[Any, Any]:
+    """As `load_model`, but on a CPU in float32 whatever the weights are in.
+
+    In bfloat16 the two largest logits are often equal, and the batch decides which of them wins (docs/evaluation.md).
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    return load_model(folder, "auto" if torch.cuda.is_available() else "float32")
 
 
 class Confidence(LogitsProcessor):
@@ -159,16 +176,18 @@ class _Read:
         room = self.ids.shape[1] + max_new_tokens
         return limits.batches(asked, lambda pair: room + len(pair[1].tokens))
 
-    def rows(self, chosen: list[int]) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
+    def rows(self, model: Any, chosen: list[int]) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
         """Tokens, padding and a cache of its own for every chosen row, without the columns that are padding in all."""
         rows = torch.tensor(chosen, device=self.ids.device)
-        first = int(self.mask[rows].any(dim=0).int().argmax()) if self.cache is not None else 0
-        cut = (rows, slice(first, None))
-        cache = None
-        if self.cache is not None:
-            kept = [(layer.keys, layer.values) for layer in self.cache.layers]
-            cache = DynamicCache([(keys[rows, :, first:], values[rows, :, first:]) for keys, values in kept])
-        return self.ids[cut], self.mask[cut], cache
+        if self.cache is None:
+            return self.ids[rows], self.mask[rows], None
+        first = int(self.mask[rows].any(dim=0).int().argmax())
+        cache = DynamicCache()
+        fit_cache(cache, model.config)
+        for index, layer in enumerate(self.cache.layers):
+            if layer.is_initialized:
+                cache.update(layer.keys[rows, :, first:], layer.values[rows, :, first:], index)
+        return self.ids[rows, first:], self.mask[rows, first:], cache
 
 
 def _read_all(
@@ -249,30 +268,57 @@ def _answer(
     model: Any, processor: Any, read: _Read, asked: Sequence[tuple[int, Ending]], max_new_tokens: int
 ) -> list[Answer]:
     """Goes on from read prefixes with the endings of prompts, and answers."""
-    ids, mask, cache = read.rows([row for row, _ in asked])
+    ids, mask, cache = read.rows(model, [row for row, _ in asked])
     own_ids, own_mask = _padded([torch.tensor(ending.tokens, device=ids.device) for _, ending in asked], processor)
-    prompts = torch.cat([ids, own_ids], dim=1)
-    noted = Confidence()
-    output_ids = model.generate(
-        input_ids=prompts,
+    tokens, scores, said = model.generate(
+        input_ids=torch.cat([ids, own_ids], dim=1),
         attention_mask=torch.cat([mask, own_mask], dim=1),
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        logits_processor=LogitsProcessorList([noted]),
+        custom_generate=_greedy_search,
     )
-    new_ids = output_ids[:, prompts.shape[1] :]
-    said = _until_end(new_ids, model.generation_config.eos_token_id)
-    confidences = (torch.stack(noted.steps, dim=1) * said).sum(1) / said.sum(1)
-    decoded = processor.batch_decode(new_ids, skip_special_tokens=True)
-    return [Answer(text.strip(), value) for text, value in zip(decoded, confidences.tolist(), strict=True)]
+    words = [row[own].tolist() for row, own in zip(tokens, said, strict=True)]
+    texts = processor.batch_decode(words, skip_special_tokens=True)
+    confidences = (scores.sum(1) / said.sum(1)).tolist()
+    return [Answer(text.strip(), value) for text, value in zip(texts, confidences, strict=True)]
 
 
-def _until_end(new_ids: torch.Tensor, end: int | list[int] | None) -> torch.Tensor:
-    """[B, T] True for the tokens up to and with the first end token; what follows is padding."""
-    ends = torch.tensor([end] if isinstance(end, int) else end or [], device=new_ids.device, dtype=new_ids.dtype)
-    is_end = torch.isin(new_ids, ends).int()
-    return is_end.cumsum(1) - is_end == 0
+def _greedy_search(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    stopping_criteria: Callable[[torch.Tensor, Any], torch.Tensor],
+    generation_config: Any,
+    **inputs: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The greedy search of `generate`, but rows are computed no longer when half of those computed have ended.
+
+    `generate` calls it with what it has prepared. Returns the answers' tokens, their log-probabilities, and True up to
+    and with the token that ends an answer: three [B, T].
+    """
+    cache, mask = inputs["past_key_values"], inputs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    batch, start = input_ids.shape
+    new, rows = input_ids[:, int(cache.get_seq_length()) :], torch.arange(batch, device=input_ids.device)
+    going, scores, said = input_ids.new_ones(batch, dtype=torch.bool), [], []
+    while input_ids.shape[1] < generation_config.max_length and bool(going.any()):
+        out = model(input_ids=new, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = out.logits[:, -1].float()
+        # Processors of logits may keep something for every row, so they are given all of them.
+        logits = logits.new_zeros(batch, logits.shape[1]).index_copy(0, rows, logits)
+        likeliest = logits_processor(input_ids, logits).log_softmax(-1).max(-1)
+        scores.append(likeliest.values * going)
+        said.append(going)
+        new = likeliest.indices.masked_fill(~going, generation_config.pad_token_id or 0)[:, None]
+        input_ids, mask = torch.cat([input_ids, new], dim=1), functional.pad(mask, (0, 1), value=1)
+        going = going & ~stopping_criteria(input_ids, None)
+        if 2 * int(going.sum()) <= len(rows):
+            kept = going[rows].nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            rows, mask = rows[kept], mask[kept]
+        new = new[rows]
+    return input_ids[:, start:], torch.stack(scores, dim=1), torch.stack(said, dim=1)
 
 
 def require_haplovl(folder: Path) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from haplovl.data.media import Media
 from haplovl.errors import UserError
-from haplovl.evaluate.answer import Answer, blank, load_model, scored_answers
+from haplovl.evaluate.answer import Answer, blank, load_to_evaluate, scored_answers
 from haplovl.evaluate.looks import draw_looks
 from haplovl.evaluate.questions import Question, digest, held_out_questions
 from haplovl.evaluate.report import write_report
@@ -33,7 +33,7 @@ def evaluate(params: Params, root: Path = Path(".")) -> None:
     questions = held_out_questions(params.evaluate.questions_per_type, folder=root / VALIDATED)
     if not questions:
         raise UserError("the test split holds no questions about pictures: nothing can be evaluated")
-    model, processor = load_model(root / STAGE2)
+    model, processor = load_to_evaluate(root / STAGE2)
     media = Media(root / RAW)
     outcomes = ask_all(model, processor, questions, media, params.evaluate)
     looks = draw_looks(model, processor, outcomes, media)

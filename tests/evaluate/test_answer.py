@@ -3,6 +3,7 @@
 import json
 import shutil
 import weakref
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from haplovl.errors import UserError
-from haplovl.evaluate.answer import Answer, _until_end, answer, blank, load_model, scored_answers
+from haplovl.evaluate.answer import Answer, answer, blank, load_model, scored_answers
 from haplovl.model.inherit import inherit
 from haplovl.settings import ModelSettings
 
@@ -29,14 +30,6 @@ def test_a_blanked_picture_tells_nothing_but_its_size() -> None:
     made = blank((40, 30), (122, 116, 104))
     assert made.size == (40, 30)
     assert made.getcolors() == [(40 * 30, (122, 116, 104))]
-
-
-def test_padding_after_the_end_token_does_not_count() -> None:
-    ids = torch.tensor([[5, 2, 2, 2], [5, 6, 7, 8], [2, 9, 9, 9]])
-    said = [[True, True, False, False], [True] * 4, [True, False, False, False]]
-    assert _until_end(ids, 2).tolist() == said
-    assert _until_end(ids, [2, 77]).tolist() == said
-    assert _until_end(ids, None).all()
 
 
 def alone(model, processor, question: str, pictures: list[Path], max_new_tokens: int) -> Answer:
@@ -116,8 +109,20 @@ def test_short_and_long_answers_end_for_themselves(tiny, pictures: list[Path]) -
     # As if the model had learned to end: with the token that ends the most diverse numbers of answers.
     firsts = {word: {row.index(word) for row in words if word in row} for row in words for word in row}
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, max(firsts, key=lambda word: len(firsts[word]))]
+    calls = calls_of(model)
     expected = assert_as_alone(model, processor, pictures, max_new_tokens=9)
     assert len({len(tokenizer(item.text)["input_ids"]) for item in expected}) > 2
+    before_and_after = [(old[0], new[0]) for old, new in pairwise(calls) if new[1] == 1 and old[0] > new[0]]
+    assert before_and_after, "nobody left a batch before it was done"
+    assert all(2 * after <= before for before, after in before_and_after)
+
+
+def test_penalties_of_the_generation_config_hold_in_batches(tiny, pictures: list[Path]) -> None:
+    model, processor = tiny
+    free = answer(model, processor, *exam(pictures), 100, 6)
+    model.generation_config.repetition_penalty = 5.0
+    penalised = assert_as_alone(model, processor, pictures, max_new_tokens=6)
+    assert [item.text for item in penalised] != free
 
 
 def calls_of(model) -> list[tuple[int, int, int]]:
@@ -203,6 +208,13 @@ def alone_length(processor, question: str, pictures: list[Path]) -> int:
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     opened = [Image.open(path) for path in pictures]
     return len(processor(text=[text], images=[opened] if opened else None)["input_ids"][0])
+
+
+def test_a_cpu_without_bfloat16_answers_in_float32(tiny_model_dir: Path, monkeypatch) -> None:
+    monkeypatch.setattr("haplovl.model.packed.can_pack", lambda dtype: dtype == torch.float32)
+    assert load_model(tiny_model_dir, "bfloat16")[0].dtype == torch.float32
+    monkeypatch.setattr("haplovl.model.packed.can_pack", lambda dtype: False)
+    assert load_model(tiny_model_dir)[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("count", [0, 2])

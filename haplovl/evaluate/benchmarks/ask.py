@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from haplovl.evaluate.answer import Answer, load_model, scored_answers
+from haplovl.evaluate.answer import Answer, load_to_evaluate, scored_answers
 from haplovl.evaluate.benchmarks.catalogue import find
 from haplovl.evaluate.benchmarks.data import PictureReader, Row, data_digest, picture_digests, read_rows
 from haplovl.evaluate.benchmarks.rules import Benchmark
@@ -28,7 +28,7 @@ def run_benchmark(
     benchmark = find(name)
     rows = read_rows(benchmark, data, limit)
     digests = picture_digests(rows)
-    model, processor = load_model(folder)
+    model, processor = load_to_evaluate(folder)
     result = evaluate_rows(model, processor, benchmark, rows, digests, batch, max_new_tokens)
     records = result.pop("records")
     result["data"] |= {"path": str(data), "limit": limit}
