@@ -10,7 +10,6 @@ from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from haplovl.errors import UserError
-from haplovl.evaluate.answer import _until_end
 from haplovl.model.generation import context_of
 from haplovl.model.processing import IMAGE_TOKEN
 
@@ -263,3 +262,9 @@ def _answer_tokens(processor: Any, whole: str, prompt: str) -> int:
     before = processor.tokenizer(prompt, add_special_tokens=processor.add_special_tokens)["input_ids"]
     shared = next((i for i, (a, b) in enumerate(zip(tokens, before, strict=False)) if a != b), len(before))
     return len(tokens) - shared
+
+
+def _until_end(new_ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """[B, T] True for the tokens up to and with the first of `ends`; what follows is padding."""
+    is_end = torch.isin(new_ids, torch.tensor(ends, device=new_ids.device, dtype=new_ids.dtype)).int()
+    return is_end.cumsum(1) - is_end == 0
