@@ -106,7 +106,8 @@ def test_the_figure_is_the_one_that_is_due(everything, project, name) -> None:
     assert metrics["score"] == pytest.approx(EXPECTED[name], abs=1e-6)
     assert metrics["questions"] == len(lines) == (3 if name == "seedbench_img" else len(PUBLISHED[name]()[0]))
     assert metrics["data_sha256"] == check_folder(find([name])[0], Path("data")).sha256
-    assert metrics["device"] == "cpu" and metrics["harness"]["version"] == "0.7.3"
+    assert metrics["device"] == "cpu" and metrics["precision"] == "float32"
+    assert metrics["harness"]["version"] == "0.7.3"
     if name in FIRST_PROMPTS:
         assert lines[0]["prompt"] == FIRST_PROMPTS[name]
     everything_written = json.dumps(metrics) + json.dumps(lines)

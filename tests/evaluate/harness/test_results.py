@@ -27,6 +27,7 @@ def pope(tmp_path, tiny_model_dir, monkeypatch):
     folder = check_folder(find(["pope"])[0], tmp_path / "data")
     output = tmp_path / "output/model"
     output.mkdir(parents=True)
+    (tmp_path / "log.txt").write_text("loading\nhaplovl computes in bfloat16\n")
     results = {
         "results": {"pope_local": {"alias": "pope", "pope_f1_score,none": 0.5, "pope_f1_score_stderr,none": "N/A"}},
         "configs": {"pope_local": {"generation_kwargs": {"max_new_tokens": 128, "until": ["\n\n"]}}},
@@ -52,8 +53,8 @@ def pope(tmp_path, tiny_model_dir, monkeypatch):
         (output / "20261125_samples_pope_local.jsonl").write_text(text)
 
     def run(limit=None):
-        environment = Environment(Path("python"), stock, FACTS)
-        return Run(tiny_model_dir, "m" * 64, 2, limit, 16, environment), folder, tmp_path / "output"
+        environment = Environment(Path("python"), stock)
+        return Run(tiny_model_dir, "m" * 64, 2, limit, 16, environment, FACTS), folder, tmp_path / "output"
 
     return write, run, stock
 
@@ -71,7 +72,7 @@ def test_metrics_say_what_was_run_and_hold_no_paths_or_dates(pope, tmp_path) -> 
     assert metrics["generation"] == {"max_new_tokens": 128, "until": ["\n\n"]}
     assert {len(metrics[f"{name}_sha256"]) for name in ("task", "data", "model")} == {64}
     assert metrics["prompt"]["first"] == "<|user|><image>\nQuestion 0?<|assistant|>"
-    assert metrics["device"] == "cpu" and metrics["processes"] == 2
+    assert (metrics["device"], metrics["precision"], metrics["processes"]) == ("cpu", "bfloat16", 2)
     answers = (tmp_path / "reports/benchmarks/pope.jsonl").read_text()
     assert str(tmp_path) not in written + answers and "20261125" not in written + answers
     lines = [json.loads(line) for line in answers.splitlines()]
