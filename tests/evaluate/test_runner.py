@@ -11,6 +11,7 @@ from PIL import Image
 from haplovl.data.scenes import SceneMaker
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
 from haplovl.errors import UserError
+from haplovl.evaluate.looks import RIGHT, WRONG
 from haplovl.evaluate.runner import evaluate
 from haplovl.files import sha256_of
 from haplovl.records import IMAGE_PLACEHOLDER, Record, Turn
@@ -69,13 +70,18 @@ def test_evaluate_writes_metrics_predictions_and_report(project: Path, params: P
     assert all(0 < t["n"] <= 6 for t in metrics["types"].values())
     assert {"colour", "digit", "position", "count", "presence"} == set(metrics["types"])
     assert "Held-out questions" in capsys.readouterr().out
+    page = first["reports/evaluation/index.html"].decode()
+    assert 1 <= page.count('<div class="panel scroll look">') <= RIGHT + WRONG
+    assert all(len(row["images"]) == len(row["image_sha256"]) > 0 and row["source"] == "scenes" for row in rows)
 
     evaluate(params, project)
     assert outputs(project) == first
     assert not any(str(project).encode() in content for content in first.values())
 
 
-def test_the_blanked_answers_do_not_depend_on_the_pictures(project: Path, params: Params) -> None:
+def test_the_blanked_answers_do_not_depend_on_the_pictures(project: Path, params: Params, monkeypatch) -> None:
+    monkeypatch.setattr("haplovl.evaluate.looks.RIGHT", 0)  # figures take longer than tiny answers
+    monkeypatch.setattr("haplovl.evaluate.looks.WRONG", 1)
     evaluate(params, project)
     before = predictions(project)
     random = Random(0)
