@@ -10,7 +10,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import ImageFile
 
 from haplovl.errors import UserError
-from haplovl.evaluate.answer import load_model
+from haplovl.evaluate.answer import load_to_evaluate
 from haplovl.evaluate.harness.answering import MAX_NEW_TOKENS, Question, generate, log_likelihoods
 
 # The first process tells on standard output; `haplovl harness` reads it there.
@@ -46,7 +46,7 @@ class HaploVL(lmms):
             )
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.model, self.processor = load_model(Path(pretrained))
+        self.model, self.processor = load_to_evaluate(Path(pretrained))
         if device is not None:
             self.model.to(device)
         self.batch, self.max_new_tokens = int(batch_size), int(max_new_tokens)
