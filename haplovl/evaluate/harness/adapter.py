@@ -1,6 +1,5 @@
 """`--model haplovl` of lmms-eval, found by its entry point. Runs only where lmms-eval is installed."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import ImageFile
 
 from haplovl.errors import UserError
-from haplovl.evaluate.answer import load_model
+from haplovl.evaluate.answer import load_to_evaluate
 from haplovl.evaluate.harness.answering import MAX_NEW_TOKENS, Question, generate, log_likelihoods
 
+# The first process tells on standard output; `haplovl harness` reads it there.
+PRECISION = "haplovl computes in"
 PROGRESS = "haplovl answered"
-"""What a line of progress on standard output begins with; the rest is `number of total`, of the first process."""
 
 
 def manifest() -> ModelManifest:
@@ -46,10 +46,11 @@ class HaploVL(lmms):
             )
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.model, self.processor = load_model(Path(pretrained))
+        self.model, self.processor = load_to_evaluate(Path(pretrained))
         if device is not None:
             self.model.to(device)
         self.batch, self.max_new_tokens = int(batch_size), int(max_new_tokens)
+        self._tell(f"{PRECISION} {str(self.model.dtype).removeprefix('torch.')}")
         # lmms-eval lets Pillow fill what a damaged picture lacks with gray: nothing would tell of it.
         ImageFile.LOAD_TRUNCATED_IMAGES = False
 
@@ -99,9 +100,11 @@ class HaploVL(lmms):
         return self.task_dict[task][split][document]
 
     def _report(self, total: int) -> Any:
-        if self._rank:
-            return lambda done: None
-        return lambda done: print(f"{PROGRESS} {done} of {total}", file=sys.stdout, flush=True)
+        return lambda done: self._tell(f"{PROGRESS} {done} of {total}")
+
+    def _tell(self, line: str) -> None:
+        if self._rank == 0:
+            print(line, flush=True)
 
 
 def _result(reply: Any) -> GenerationResult:

@@ -185,10 +185,7 @@ def _answer(model: Any, processor: Any, inputs: Any, options: dict[str, Any], un
     start = inputs["input_ids"].shape[1]
     stop = StoppingCriteriaList([_Until(processor.tokenizer, until, start)] if until else [])
     output = model.generate(**inputs, **options, stopping_criteria=stop)[:, start:]
-    ends, pad = _end_tokens(model), processor.tokenizer.pad_token_id
-    said = _until_end(output, [*ends, pad])
-    if pad not in ends:
-        said &= output != pad  # which ends the rows that hold a text of `until`
+    said = _said(output, _end_tokens(model), processor.tokenizer.pad_token_id)
     texts = processor.batch_decode(
         [row[own].tolist() for row, own in zip(output, said, strict=True)], skip_special_tokens=True
     )
@@ -197,6 +194,13 @@ def _answer(model: Any, processor: Any, inputs: Any, options: dict[str, Any], un
         Reply(_before(text, until), size, tokens)
         for text, size, tokens in zip(texts, sizes, said.sum(1).tolist(), strict=True)
     ]
+
+
+def _said(output: torch.Tensor, ends: list[int], pad: int) -> torch.Tensor:
+    """[B, T] True for the tokens of an answer: up to and with its end, or up to the padding after a text of `until`."""
+    is_end = torch.isin(output, torch.tensor([*ends, pad], device=output.device)).int()
+    said = is_end.cumsum(1) - is_end == 0
+    return said if pad in ends else said & (output != pad)
 
 
 def _end_tokens(model: Any) -> list[int]:

@@ -25,18 +25,17 @@ UNWANTED_PREFIXES = ("OPENAI_", "AZURE_", "LMMS_EVAL_", "WANDB_")
 
 @dataclass(frozen=True)
 class Environment:
-    """An installed lmms-eval: its Python, its folder of tasks, and what `probe` prints there."""
+    """An installed lmms-eval: its Python, and its folder of tasks."""
 
     python: Path
     tasks: Path
-    facts: dict[str, Any]
 
 
 def find_environment(folder: Path = FOLDER) -> Environment:
     """The environment that `make eval-env` makes.
 
     Raises:
-        UserError: it is missing, holds another version of lmms-eval, or cannot load the project's own code.
+        UserError: it is missing, or holds another version of lmms-eval.
     """
     python = folder.absolute() / "bin" / "python"
     if not python.exists():
@@ -46,12 +45,21 @@ def find_environment(folder: Path = FOLDER) -> Environment:
     if found != [VERSION]:
         held = f"lmms-eval {found[0]}" if found else "no lmms-eval"
         raise UserError(f"{folder} holds {held}, but {VERSION} is needed; {MAKE}")
-    command = [str(python), "-m", "haplovl.evaluate.harness.probe"]
+    return Environment(python, packages / "lmms_eval" / "tasks")
+
+
+def probe(environment: Environment) -> dict[str, Any]:
+    """What the module `probe` tells from within the environment: device, number of GPUs, versions.
+
+    Raises:
+        UserError: the environment cannot load this project's code, or what that needs.
+    """
+    command = [str(environment.python), "-m", "haplovl.evaluate.harness.probe"]
     done = subprocess.run(command, capture_output=True, text=True, env=variables({}))
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise UserError(f"{folder} cannot load this project and its libraries ({last}); {MAKE}")
-    return Environment(python, packages / "lmms_eval" / "tasks", json.loads(done.stdout.splitlines()[-1]))
+        raise UserError(f"the environment of lmms-eval cannot load this project and its libraries ({last}); {MAKE}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def variables(own: dict[str, str], data_sha256: str = "") -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ class Run:
     limit: int | None
     batch: int
     environment: Environment
+    facts: dict[str, Any]
+    """Device, number of GPUs and versions, see `probe`."""
 
     seeds: str = "0,1234,1234,1234"
     """lmms-eval's own: of Python's random numbers (MMMU's guesses), numpy, torch (sampling) and few-shot examples."""
@@ -76,7 +79,8 @@ def collect(run: Run, folder: Folder, output: Path) -> dict[str, Any]:
         "seeds": run.seeds,
         "batch_size": run.batch,
         "processes": run.processes,
-        **run.environment.facts,
+        "precision": _precision(output.parent / "log.txt"),
+        **run.facts,
     }
     write_json(METRICS / BENCHMARKS / f"{name}.json", metrics)
     return metrics
@@ -120,6 +124,12 @@ def _line(metric: str, record: dict[str, Any], sample: dict[str, Any]) -> dict[s
         "tokens_in": tokens.get("input_tokens"),
         "tokens_out": tokens.get("output_tokens"),
     }
+
+
+def _precision(log: Path) -> str:
+    """The type of the numbers that the adapter computed with, as it said."""
+    found = re.search(r"haplovl computes in (\w+)", log.read_text(encoding="utf-8"))
+    return found[1] if found else "unknown"
 
 
 def _is_figure(key: str, value: Any) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from haplovl.errors import UserError
 from haplovl.evaluate.answer import require_haplovl
-from haplovl.evaluate.harness.environment import find_environment, variables
+from haplovl.evaluate.harness.environment import find_environment, probe, variables
 from haplovl.evaluate.harness.folders import Folder, check_folder
 from haplovl.evaluate.harness.results import Run, collect, summary_table
 from haplovl.evaluate.harness.tasks import GQA_PICTURES, find, task_yaml
@@ -33,12 +33,12 @@ def run_harness(
     """
     tasks = find(names)
     require_haplovl(model)
-    folders = [check_folder(task, data, limit) for task in tasks]
     environment = find_environment()
-    gpus = environment.facts["gpus"]
-    if gpus and processes > gpus:
-        raise UserError(f"{processes} processes need as many GPUs, but there are {gpus}")
-    run = Run(model, sha256_of_folder(model), processes, limit, batch, environment)
+    folders = [check_folder(task, data, limit) for task in tasks]
+    facts = probe(environment)
+    if facts["gpus"] and processes > facts["gpus"]:
+        raise UserError(f"{processes} processes need as many GPUs, but there are {facts['gpus']}")
+    run = Run(model, sha256_of_folder(model), processes, limit, batch, environment, facts)
     written = []
     for folder in folders:
         output = _run_task(run, folder)
@@ -56,7 +56,7 @@ def _run_task(run: Run, folder: Folder) -> Path:
     write_whole(work / "tasks" / f"{task.local}.yaml", yaml)
     (work / "model").symlink_to(run.model.absolute())  # a path of its own could hold commas
     own = {GQA_PICTURES: str(folder.path.absolute())} if folder.picture_files else {}
-    if not run.environment.facts["gpus"]:
+    if not run.facts["gpus"]:
         own["ACCELERATE_USE_CPU"] = "true"
     status = _follow(command(run, task.local), work, variables(own, folder.sha256), task.title, run.asked(folder))
     log = WORK / task.name / "log.txt"

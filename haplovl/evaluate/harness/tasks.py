@@ -157,7 +157,7 @@ TASKS = (
         "test",
         "data/test-*.parquet",
         {"question_id": ID, "question": TEXT, "answer": TEXT, "category": TEXT, "image": PICTURE},
-        "pope_f1_score,none",
+        "pope_accuracy,none",
         9_000,
     ),
     Task(

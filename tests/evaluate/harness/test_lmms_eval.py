@@ -14,6 +14,7 @@ from published_benchmarks import PUBLISHED, write_benchmark
 from haplovl import cli
 from haplovl.errors import UserError
 from haplovl.evaluate.answer import load_model
+from haplovl.evaluate.benchmarks import score_records
 from haplovl.evaluate.harness.answering import Question, log_likelihoods
 from haplovl.evaluate.harness.environment import find_environment, variables
 from haplovl.evaluate.harness.folders import check_folder
@@ -29,7 +30,7 @@ EXPECTED = {
     # Says "Yes" to everything.
     "gqa": 2 / 4,
     "vqav2": (1.0 + (8 * 2 / 3 + 2 * 1 / 3) / 10 + 0.0) / 3,
-    "pope": 2 * 0.5 * 1.0 / (0.5 + 1.0),
+    "pope": 2 / 4,
     "realworldqa": 1 / 3,
     # Says "A" to everything.
     "scienceqa_img": 2 / 3,
@@ -106,7 +107,10 @@ def test_the_figure_is_the_one_that_is_due(everything, project, name) -> None:
     assert metrics["score"] == pytest.approx(EXPECTED[name], abs=1e-6)
     assert metrics["questions"] == len(lines) == (3 if name == "seedbench_img" else len(PUBLISHED[name]()[0]))
     assert metrics["data_sha256"] == check_folder(find([name])[0], Path("data")).sha256
-    assert metrics["device"] == "cpu" and metrics["harness"]["version"] == "0.7.3"
+    assert metrics["device"] == "cpu" and metrics["precision"] == "float32"
+    assert metrics["harness"]["version"] == "0.7.3"
+    own = score_records(name, lines)
+    assert own["headline"]["value"] == pytest.approx(metrics["score"], abs=1e-6), "our scorer and lmms-eval differ"
     if name in FIRST_PROMPTS:
         assert lines[0]["prompt"] == FIRST_PROMPTS[name]
     everything_written = json.dumps(metrics) + json.dumps(lines)
@@ -116,6 +120,7 @@ def test_the_figure_is_the_one_that_is_due(everything, project, name) -> None:
 def test_two_processes_share_the_questions_and_a_limit_is_told() -> None:
     run_harness(["pope"], Path("data"), Path("Yes"), processes=2, limit=3)
     metrics = json.loads(Path("metrics/benchmarks/pope.first-3.json").read_text())
+    assert metrics["results"]["pope_f1_score,none"] == pytest.approx(4 / 5)
     assert (metrics["questions"], metrics["limit"], metrics["processes"]) == (3, 3, 2)
     assert metrics["results"]["pope_accuracy,none"] == pytest.approx(2 / 3)
     lines = answers("pope.first-3")

@@ -46,21 +46,31 @@ def test_no_model(refusal, tmp_path) -> None:
 
 def test_no_data(refusal, tiny_model_dir, tmp_path) -> None:
     write_benchmark("gqa", tmp_path / "data")
+    fake_environment(tmp_path / ".venv-eval", "0.7.3")
     message = refusal("gqa", "pope", "--data", "data", "--model", tiny_model_dir)
     assert message == "error: data has no folder pope; put the data set lmms-lab/POPE there"
 
 
-def test_no_environment(refusal, tiny_model_dir, tmp_path) -> None:
-    write_benchmark("pope", tmp_path / "data")
+def test_no_environment(refusal, tiny_model_dir) -> None:
     message = refusal("pope", "--data", "data", "--model", tiny_model_dir)
     assert message == "error: there is no .venv-eval with lmms-eval 0.7.3; run 'make eval-env'"
 
 
-@pytest.mark.parametrize(("version", "said"), [("0.7.2", "holds lmms-eval 0.7.2, but 0.7.3 is needed")])
-def test_another_version_of_the_harness(refusal, tiny_model_dir, tmp_path, version, said) -> None:
+def test_another_version_of_the_harness(refusal, tiny_model_dir, tmp_path) -> None:
+    fake_environment(tmp_path / ".venv-eval", "0.7.2")
+    message = refusal("pope", "--data", "data", "--model", tiny_model_dir)
+    assert message == "error: .venv-eval holds lmms-eval 0.7.2, but 0.7.3 is needed; run 'make eval-env'"
+
+
+def test_an_environment_that_cannot_load_the_project(refusal, tiny_model_dir, tmp_path) -> None:
     write_benchmark("pope", tmp_path / "data")
-    fake_environment(tmp_path / ".venv-eval", version)
-    assert said in refusal("pope", "--data", "data", "--model", tiny_model_dir)
+    fake_environment(tmp_path / ".venv-eval", "0.7.3")
+    python = tmp_path / ".venv-eval/bin/python"
+    python.unlink()
+    python.write_text('#!/bin/sh\necho "ImportError: no torch" >&2\nexit 1\n')
+    python.chmod(0o755)
+    message = refusal("pope", "--data", "data", "--model", tiny_model_dir)
+    assert "cannot load this project and its libraries (ImportError: no torch); run 'make eval-env'" in message
 
 
 def test_what_others_set_does_not_reach_the_harness(monkeypatch) -> None:

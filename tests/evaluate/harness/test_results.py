@@ -27,8 +27,9 @@ def pope(tmp_path, tiny_model_dir, monkeypatch):
     folder = check_folder(find(["pope"])[0], tmp_path / "data")
     output = tmp_path / "output/model"
     output.mkdir(parents=True)
+    (tmp_path / "log.txt").write_text("loading\nhaplovl computes in bfloat16\n")
     results = {
-        "results": {"pope_local": {"alias": "pope", "pope_f1_score,none": 0.5, "pope_f1_score_stderr,none": "N/A"}},
+        "results": {"pope_local": {"alias": "pope", "pope_accuracy,none": 0.5, "pope_accuracy_stderr,none": 0.1}},
         "configs": {"pope_local": {"generation_kwargs": {"max_new_tokens": 128, "until": ["\n\n"]}}},
         "date": "20261125",
         "config": {"model_args": f"pretrained={tmp_path}"},
@@ -44,7 +45,7 @@ def pope(tmp_path, tiny_model_dir, monkeypatch):
                 "resps": ["Yes."],
                 "filtered_resps": ["yes"],
                 "token_counts": [{"input_tokens": 30, "output_tokens": 2}],
-                "pope_f1_score": {"question_id": str(number + 1), "score": 1.0, "prediction": "yes."},
+                "pope_accuracy": {"question_id": str(number + 1), "score": 1.0, "prediction": "yes."},
             }
             for number in numbers
         ]
@@ -52,8 +53,8 @@ def pope(tmp_path, tiny_model_dir, monkeypatch):
         (output / "20261125_samples_pope_local.jsonl").write_text(text)
 
     def run(limit=None):
-        environment = Environment(Path("python"), stock, FACTS)
-        return Run(tiny_model_dir, "m" * 64, 2, limit, 16, environment), folder, tmp_path / "output"
+        environment = Environment(Path("python"), stock)
+        return Run(tiny_model_dir, "m" * 64, 2, limit, 16, environment, FACTS), folder, tmp_path / "output"
 
     return write, run, stock
 
@@ -64,14 +65,14 @@ def test_metrics_say_what_was_run_and_hold_no_paths_or_dates(pope, tmp_path) -> 
     metrics = collect(*run())
     written = (tmp_path / "metrics/benchmarks/pope.json").read_text()
     assert json.loads(written) == metrics
-    assert metrics["score"] == 0.5 and metrics["metric"] == "pope_f1_score"
-    assert metrics["results"] == {"pope_f1_score,none": 0.5}
+    assert metrics["score"] == 0.5 and metrics["metric"] == "pope_accuracy"
+    assert metrics["results"] == {"pope_accuracy,none": 0.5}
     assert (metrics["questions"], metrics["published_questions"], metrics["limit"]) == (4, 9000, None)
     assert metrics["harness"]["version"] == "0.7.3"
     assert metrics["generation"] == {"max_new_tokens": 128, "until": ["\n\n"]}
     assert {len(metrics[f"{name}_sha256"]) for name in ("task", "data", "model")} == {64}
     assert metrics["prompt"]["first"] == "<|user|><image>\nQuestion 0?<|assistant|>"
-    assert metrics["device"] == "cpu" and metrics["processes"] == 2
+    assert (metrics["device"], metrics["precision"], metrics["processes"]) == ("cpu", "bfloat16", 2)
     answers = (tmp_path / "reports/benchmarks/pope.jsonl").read_text()
     assert str(tmp_path) not in written + answers and "20261125" not in written + answers
     lines = [json.loads(line) for line in answers.splitlines()]
