@@ -12,18 +12,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from haplovl.evaluate.looking import Look, Shown
 from haplovl.evaluate.plots import FAINT, INK, RULE, STYLE
 
 DPI = 144
-MARGIN, GAP, CAPTION, LABEL, HEADER = 36, 18, 34, 190, 96
+MARGIN, GAP, CAPTION, LABEL, HEADER = 36, 18, 44, 190, 96
 """Pixels: around the sheet, between maps, below a map, left of the maps, and above them for the names of the layers."""
 LEAST_WIDTH = 1120
 ROW_WIDTH = 1500
 """Pixels that the maps of a row share, as long as each has its least side."""
-LEAST_SIDE, MOST_SIDE = 112, 240
+LEAST_SIDE, MOST_SIDE = 128, 240
 LESS, MORE, COVER = "#2563b0", "#ff5a1c", 0.8
 """Colours of a patch that gets less and more attention than an even share, and how much they cover the picture."""
 BLACK = 0.2
@@ -34,15 +35,18 @@ LABEL_LETTERS = 12
 PARTS = {"pre": "pre-decoder", "post": "language model"}
 
 
-def attention_figure(look: Look, most_layers: int | None = None) -> bytes:
-    """The look as a PNG file's content. `most_layers` draws only so many layers of each decoder, evenly spread."""
+def attention_figure(look: Look, most_layers: int | None = None, explained: bool = True) -> bytes:
+    """The look as a PNG file's content.
+
+    `most_layers` draws only so many layers of each decoder, evenly spread; `explained` off leaves out how to read it.
+    """
     with matplotlib.rc_context({**STYLE, "text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # an empty box stands for a character without a shape
-        figure = _Sheet(look, _spread(look.layers, most_layers)).draw()
-        FigureCanvasAgg(figure)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return _smaller(buffer.getvalue())
+        canvas = FigureCanvasAgg(_Sheet(look, _spread(look.layers, most_layers), explained).draw())
+        canvas.draw()
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def overlay(shown: Shown, values: np.ndarray, colours: ScalarMappable, height: int, width: int) -> np.ndarray:
@@ -85,8 +89,8 @@ class _Column:
 class _Sheet:
     """Places everything in pixels from the top left, then draws it at once."""
 
-    def __init__(self, look: Look, layers: Sequence[int]) -> None:
-        self.look = look
+    def __init__(self, look: Look, layers: Sequence[int], explained: bool) -> None:
+        self.look, self.explained = look, explained
         self.columns = [_Column(look.layers[i][0], f"layer {look.layers[i][1]}", i) for i in layers]
         if look.likeness is not None:
             after = _Column("pre", "output", None)
@@ -110,7 +114,7 @@ class _Sheet:
         split = GAP if 0 < look.of_question < len(look.tokens) else 0
         bottom = top + row_step * len(look.tokens) + split
         notes = self._notes(width)
-        height = bottom + 116 + 26 * len(notes) + MARGIN
+        height = bottom + 84 + (26 * len(notes) + 20 if notes else 0) + MARGIN
         canvas = np.full((height, width, 3), 255, dtype=np.uint8)
         self._pictures(canvas)
         self._names(canvas, top)
@@ -177,10 +181,19 @@ class _Sheet:
             else:
                 maps, colours = [part[row, column.layer] for part in self.relative], self.attention
                 below = _percent(look.share[row, column.layer])
-            self._say(left + cell_width / 2, top + cell_height + 16, below, size=8.5, color=INK, ha="center")
+                self._gauge(canvas, left, top + cell_height + 8, look.share[row, column.layer], look.even[row])
+            self._say(left + cell_width / 2, top + cell_height + 28, below, size=8.5, color=INK, ha="center")
             for shown, values, (height, width) in zip(look.pictures, maps, self.sizes, strict=True):
                 canvas[top : top + height, left : left + width] = overlay(shown, values, colours, height, width)
                 left += width + 6
+
+    def _gauge(self, canvas: np.ndarray, left: int, top: int, share: float, even: float) -> None:
+        """A bar as long as the share, and a mark at an even share."""
+        width = self.cell[1]
+        canvas[top : top + 6, left : left + width] = _rgb(RULE)
+        canvas[top : top + 6, left : left + round(width * share)] = _rgb(FAINT)
+        mark = left + round((width - 3) * even)
+        canvas[top - 2 : top + 8, mark : mark + 3] = _rgb(INK)
 
     def _left(self, number: int) -> int:
         return MARGIN + LABEL + number * self.step
@@ -200,18 +213,19 @@ class _Sheet:
 
     def _notes(self, width: int) -> list[str]:
         picture = "picture" if len(self.look.pictures) == 1 else "pictures"
-        notes = [
+        explanation = [
             f"Attention: mean over heads, where a token of the answer is said (the position before it) or one of the "
-            f"question is read. Below each map: attention that all tokens of the {picture} get together; even: what "
-            f"they would get if all visible tokens got the same."
+            f"question is read. Bar below a map: attention that all tokens of the {picture} get together; its mark and "
+            f"“even”: what they would get if all visible tokens got the same."
         ]
         if self.look.likeness is not None:
-            notes.append(
+            explanation.append(
                 "Output of the pre-decoder: cosine of the token's own with each patch's, from least to most alike."
             )
+        notes = explanation if self.explained else []
         if self.look.left_out:
             notes.append(f"{self.look.left_out} more tokens are not shown.")
-        return [line for note in notes for line in textwrap.wrap(note, (width - 2 * MARGIN) // 10)]
+        return [line for note in notes for line in textwrap.wrap(note, min(150, (width - 2 * MARGIN) // 10))]
 
     def _say(self, x: float, y: float, text: str, **style) -> None:
         self.texts.append((x, y, text, {"va": "center", "ha": "left", "color": INK, **style}))
@@ -234,6 +248,8 @@ class _Sheet:
         axes.set_facecolor("#808080")  # what the colours cover in a picture, on average
         bar = figure.colorbar(colours, cax=axes, orientation="horizontal", extend=extend)
         bar.outline.set_visible(False)
+        bar.locator = MaxNLocator(5, steps=[1, 2, 5, 10])
+        bar.update_ticks()
         bar.ax.tick_params(labelsize=8, length=3)
         bar.ax.set_title(name, fontsize=8.5, color=FAINT, loc="left", pad=5)
 
@@ -263,13 +279,6 @@ def _ticks(most: float) -> list[float]:
     """0, an even share, and whole multiples of it: about five."""
     step = max(1, round(most / 4))
     return [0, 1, *(n for n in range(step, int(most) + 1, step) if n > 1)]
-
-
-def _smaller(png: bytes) -> bytes:
-    """The same picture without its alpha channel, packed as tightly as PNG can."""
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def _percent(share: float) -> str:

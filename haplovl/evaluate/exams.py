@@ -15,7 +15,7 @@ from haplovl.evaluate.looking import special_in
 from haplovl.evaluate.predictions import Said, Side, as_object, read_predictions, text_of
 from haplovl.evaluate.questions import UNNAMED_KIND, Question, held_out_questions
 from haplovl.files import RAW, VALIDATED, require, sha256_of
-from haplovl.pictures import ImageError, decode_bytes, local_path, open_image
+from haplovl.pictures import ImageError, decode_bytes, local_path, open_image, read_image_file
 from haplovl.progress import reporter
 from haplovl.records import read_items
 from haplovl.settings import PARAMS_FILE, EvaluateSettings, load_params
@@ -39,7 +39,7 @@ class Exam:
         Raises:
             ImageError: it is missing here, cannot be read, or has another content.
         """
-        return open_picture(self.media, question, number)
+        return open_picture(self.media, question.source, question.images[number])
 
 
 def take_exam(
@@ -104,16 +104,13 @@ def read_questions(path: Path) -> list[Question]:
     return list(questions.values())
 
 
-def open_picture(media: Media, question: Question, number: int) -> Image.Image:
-    """A picture of a question, if its content is still that which the question is about.
+def open_picture(media: Media, source: str, image: ImageFile) -> Image.Image:
+    """A picture of a source, or of one's own, if its content is still that which `image` names.
 
     Raises:
         ImageError: it is missing here, cannot be read, or has another content.
     """
-    image = question.images[number]
-    if question.source == OWN:
-        return open_image(Path(image.path))
-    content = media.read(question.source, image.path)
+    content = read_image_file(Path(image.path)) if source == OWN else media.read(source, image.path)
     if hashlib.sha256(content).hexdigest() != image.sha256:
         raise ImageError("the picture has another content than the one that was asked about")
     return decode_bytes(content)
@@ -140,10 +137,10 @@ def _ask(folder: Path, questions: Sequence[Question], media: Media, settings: Ev
                 model,
                 processor,
                 [question.question for question in questions],
-                [[(question, number) for number in range(len(question.images))] for question in questions],
+                [[(question.source, image) for image in question.images] for question in questions],
                 batch=settings.batch,
                 max_new_tokens=settings.max_new_tokens,
-                open_picture=lambda place: open_picture(media, *place),
+                open_picture=lambda name: open_picture(media, *name),
                 progress=report.update,
             )
         except ImageError as error:

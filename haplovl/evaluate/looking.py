@@ -13,7 +13,7 @@ from haplovl.errors import UserError
 from haplovl.model.attention_weights import AttentionWeights
 from haplovl.model.layout import Placement, patch_of_pixels
 from haplovl.model.media import read_grids
-from haplovl.model.processing import IMAGE_TOKEN, VIDEO_TOKEN
+from haplovl.model.processing import reserved_words
 
 MOST_TOKENS = 24
 """Most tokens of an answer, and of a question, that are looked at: the first ones."""
@@ -107,8 +107,7 @@ def look(
 
 def special_in(tokenizer: Any, text: str) -> str | None:
     """The first string in a text that would be read as a special token or placeholder; None where there is none."""
-    own = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return next((token for token in sorted(own | {IMAGE_TOKEN, VIDEO_TOKEN}) if token in text), None)
+    return next((word for word in reserved_words(tokenizer) if word in text), None)
 
 
 def _check(processor: Any, question: str, pictures: Sequence[Image.Image], answer: str | None) -> None:

@@ -10,7 +10,7 @@ from haplovl.evaluate.attention_figure import attention_figure
 from haplovl.evaluate.looking import look, special_in
 from haplovl.evaluate.scorers import Outcome
 
-RIGHT, WRONG = 4, 3
+RIGHT, WRONG = 3, 3
 """Right answers, and mistakes, that have a figure."""
 LAYERS = 6
 """Most layers of each decoder in a figure of the report; `haplovl look` draws all."""
@@ -39,7 +39,7 @@ def draw_looks(model: Any, processor: Any, outcomes: Sequence[Outcome], media: M
         question = outcome.question
         pictures = [media.open(question.source, image.path) for image in question.images]
         found = look(model, processor, question.question, pictures, outcome.prediction)
-        drawn.append(DrawnLook(outcome, attention_figure(found, LAYERS)))
+        drawn.append(DrawnLook(outcome, attention_figure(found, LAYERS, explained=False)))
     return drawn
 
 

@@ -148,7 +148,7 @@ def counts_table(pairs: Sequence[Pair]) -> Table:
     table = Table(title="The same questions, two models")
     table.add_column("type")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for kind, numbers in rows:
         table.add_row(kind, *map(str, numbers), style="bold" if kind == "all" else None)
     return table

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from haplovl import cli
+from haplovl.data.conversation import TEMPLATES
 from haplovl.errors import UserError
 from haplovl.evaluate import looking
 from haplovl.evaluate.attention_figure import attention_colours, attention_figure, drawn_size, overlay
@@ -20,16 +21,16 @@ from haplovl.model import HaploImageProcessor, HaploProcessor
 from haplovl.model.attention_weights import AttentionWeights
 from haplovl.model.decoder import eager_attention
 from haplovl.model.embedding import merge_tiles
+from haplovl.model.inherit import inherit
 from haplovl.model.layout import Placement, single_tile
 from haplovl.model.media import read_grids
+from haplovl.settings import ModelSettings
 
 TILE, PATCH = 32, 8
 QUESTION = "Where is the red digit?"
 
 
 def tiled(tokenizer, max_tiles, **options):
-    from haplovl.data.conversation import TEMPLATES
-
     looks = HaploImageProcessor(TILE, PATCH, max_tiles, **options)
     return HaploProcessor(looks, tokenizer, chat_template=TEMPLATES["plain"].jinja())
 
@@ -70,7 +71,8 @@ def test_by_hand_in_a_letterbox(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"tiling": "released", "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}]
+    "options",
+    [{}, {"tiling": "native"}, {"tiling": "released", "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}],
 )
 @pytest.mark.parametrize("size", [(96, 64), (64, 150), (300, 120), (90, 90), (200, 31)])
 @pytest.mark.parametrize("max_tiles", [1, 2, 6])
@@ -101,7 +103,7 @@ def test_a_patch_lights_up_what_the_processor_puts_into_it(tokenizer, size, max_
         tolerance = 0.01 + 1 / min(width, height)
         expected = means[row, column, :2] / means[row, column, 2]
         assert np.allclose(pixels[own].mean(axis=0)[:2] / 255, expected, atol=tolerance)
-    if not options:
+    if options.get("tiling") != "released":
         covered = shown.spread(np.ones(means.shape[:2]), height, width)
         assert (covered == 1).all()  # every pixel of the picture belongs to a patch
 
@@ -161,10 +163,6 @@ def test_all_weight_on_one_patch_lights_it_up_and_nothing_else(vision, language,
 
 
 def tiny(vision, language, tokenizer, flags=(True, True), max_tiles=4):
-    from haplovl.data.conversation import TEMPLATES
-    from haplovl.model.inherit import inherit
-    from haplovl.settings import ModelSettings
-
     class_token, newline = flags
     looks = HaploImageProcessor(TILE, PATCH, max_tiles)
     processor = HaploProcessor(looks, tokenizer, TEMPLATES["plain"].jinja(), *flags)
@@ -255,12 +253,19 @@ def test_long_texts_are_looked_at_in_part(model, processor, monkeypatch):
     assert (found.of_question, len(found.tokens)) == (3, 6) and found.left_out > 2
 
 
-def test_a_model_without_pre_decoder_shows_what_it_has(model, processor, monkeypatch):
-    inner = model.model
-    monkeypatch.setattr(inner, "_pre_forward", lambda ids, media, *_: inner.connector(inner.embed(ids, media)))
-    inner.pre_decoder = None
-    found = look(model, processor, QUESTION, [noise(32, 32)], "top left")
+@pytest.mark.parametrize(
+    ("fusion", "shape"), [({"fusion": "tower"}, (4, 4)), ({"fusion": "patches", "patch_size": 8}, (3, 4))]
+)
+def test_a_model_without_pre_decoder_shows_what_it_has(vision, language, tokenizer, fusion, shape):
+    settings = ModelSettings(image_size=TILE, **fusion)
+    processor = tiled(tokenizer, 1, tiling="native" if settings.fusion == "patches" else "haplovl")
+    processor.class_token, processor.image_newline = settings.class_token, settings.image_newline
+    ids = (processor.image_token_id, len(tokenizer), processor.video_token_id)
+    model = inherit(vision, copy.deepcopy(language), settings, *ids).eval()
+    found = look(model, processor, QUESTION, [noise(32, 24)], "top left")
     assert found.likeness is None and found.layers == [("post", 1), ("post", 2)]
+    assert found.attention[0].shape == (len(found.tokens), 2, *shape)
+    assert np.allclose(found.relative()[0].mean(axis=(2, 3)), 1, atol=1e-5)
     assert Image.open(io.BytesIO(attention_figure(found))).height > 200
 
 

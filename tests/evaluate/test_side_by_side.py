@@ -10,11 +10,18 @@ import pytest
 from PIL import Image
 
 from haplovl import cli
+from haplovl.data.media import Media
+from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
 from haplovl.errors import UserError
+from haplovl.evaluate.answer import load_model
 from haplovl.evaluate.exams import read_questions, take_exam
 from haplovl.evaluate.predictions import read_predictions
+from haplovl.evaluate.questions import held_out_questions
+from haplovl.evaluate.runner import ask_all, prediction_row
 from haplovl.evaluate.side_by_side import counted, in_order, pair_up, show_side_by_side
 from haplovl.files import RAW, sha256_of
+from haplovl.records import Record, Turn
+from haplovl.settings import EvaluateSettings
 
 HOSTILE = "<script>alert('x')</script> & \"more\""
 ANSWERS = [  # id, kind, right answer, A's prediction and confidence, B's
@@ -221,24 +228,19 @@ def test_questions_of_ones_own_are_put_to_two_models(project, tiny_model_dir, mo
 
 def test_a_model_answers_as_its_predictions_say(project, tiny_model_dir, monkeypatch):
     """Predictions of one model against the model itself: the evaluation's questions, and no difference."""
-    from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
-    from haplovl.evaluate.answer import load_model
-    from haplovl.evaluate.questions import held_out_questions
-    from haplovl.evaluate.runner import ask_all, prediction_row
-    from haplovl.records import Record, Turn
-    from haplovl.settings import EvaluateSettings
-
     Path("data/validated").mkdir(parents=True)
     image = ImageFile("file:small.png", sha256_of(project / RAW / "own/media/small.png"), 32, 32)
     turns = (Turn("<image>\nWhich digit is red?", "3", "digit"), Turn("Is there a 3?", "yes", "presence"))
     record = Record("r", ("file:small.png",), turns, "test")
     write_validated(Path("data/validated"), [ValidatedRecord(record, (image,), "own")])
-    from haplovl.data.media import Media
-
     outcomes = ask_all(*load_model(tiny_model_dir), held_out_questions(200), Media(), EvaluateSettings())
     write(Path("its.jsonl"), map(prediction_row, outcomes))
     exam = take_exam(tiny_model_dir, Path("its.jsonl"))
-    assert exam.first.answers == exam.second.answers and len(exam.first.answers) == 2
+    first, second = (
+        {id_: (said.prediction, said.confidence) for id_, said in side.answers.items()}
+        for side in (exam.first, exam.second)
+    )
+    assert first == second and set(first) == {"r#0", "r#1"}
     show_side_by_side(exam)
 
 
