@@ -25,16 +25,19 @@ CODE = """
 import json, yaml
 from pathlib import Path
 from haplovl.evaluate.questions import Question
-from haplovl.evaluate.runner import prediction_row
 from haplovl.evaluate.scorers import Outcome, score
 steps = yaml.safe_load(Path("params.yaml").read_text())["stage2"]["steps"]
 outcomes = [
-    Outcome(Question(f"{i}#0", str(i), kind, (), "?", "yes"), "yes" if i < steps else "no", "no", -1.0)
+    Outcome(Question(f"{kind}-{i}#0", str(i), kind, (), "?", "yes"), "yes" if i < steps else "no", "no", -1.0)
     for kind in ("colour", "count") for i in range(10)
 ]
 Path("metrics").mkdir(exist_ok=True)
 Path("reports/evaluation").mkdir(parents=True, exist_ok=True)
-rows = [prediction_row(outcome) for outcome in outcomes]
+rows = [
+    {"id": o.question.id, "kind": o.question.kind, "question": "?", "answer": "yes", "prediction": o.prediction,
+     "source": "own", "images": [], "image_sha256": [], "confidence": -1.0}
+    for o in outcomes
+]
 Path("reports/evaluation/predictions.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 Path("metrics/evaluation.json").write_text(json.dumps({**score(outcomes), "questions": 20, "data": {"sha256": "d1"}}))
 """

@@ -62,11 +62,14 @@ def test_evaluate_writes_metrics_predictions_and_report(project: Path, params: P
         "metrics/evaluation.json",
         "reports/evaluation/index.html",
         "reports/evaluation/predictions.jsonl",
+        "reports/evaluation/run.json",
     }
     metrics = json.loads(first["metrics/evaluation.json"])
     rows = [json.loads(line) for line in first["reports/evaluation/predictions.jsonl"].decode().splitlines()]
     assert metrics["questions"] == metrics["n"] == len(rows) == sum(t["n"] for t in metrics["types"].values())
     assert metrics["accuracy"] == round(sum(row["correct"] for row in rows) / len(rows), 4)
+    assert 0 <= metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"] < 1
+    assert json.loads(first["reports/evaluation/run.json"])["recipe"] == params.recipe
     assert all(0 < t["n"] <= 6 for t in metrics["types"].values())
     assert {"colour", "digit", "position", "count", "presence"} == set(metrics["types"])
     assert "Held-out questions" in capsys.readouterr().out
