@@ -222,7 +222,7 @@ def _read_json(path: Path) -> Iterator[RawItem]:
         text = _Window(file)
         if text.peek() != "[":
             what = "the file is empty; it" if not text.peek() else "the file"
-            hint = " (records line by line belong into a .jsonl file)" if text.peek() == "{" else ""
+            hint = "; records line by line belong into a .jsonl file" if text.peek() == "{" else ""
             yield RawItem(path.name, 0, error=f"{what} must hold a JSON list of records{hint}", raw=text.shown())
             return
         text.take()

@@ -30,6 +30,7 @@ h4, h5, h6, p { margin: .3rem 0; } h4 { font-size: 1.25rem; } h5 { font-size: 1.
 .card { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0; overflow: auto; }
 .card-header, .alert { background: var(--box); border-radius: 6px; margin: .5rem 0; padding: .5rem .75rem; }
 .card-body { padding: .5rem .75rem; } .collapse { display: none; } .collapse:target { display: block; }
+.collapse.p-1 { border: 0; display: block; margin: 0; padding: 0; } li hr { display: none; }
 .sticky > .card:has(.btn-group) { display: none; }
 table { border-collapse: collapse; margin: .4rem 0; width: 100%; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: left; vertical-align: top; }
@@ -95,8 +96,8 @@ def _index(outcomes: list[Outcome], docs: Path) -> str:
 
 def _offline(page: str, to_root: str) -> str:
     """A page with our stylesheet in the place of everything that is fetched from servers, and of all scripts."""
-    page = re.sub(r"<script\b.*?</script>|<style\b.*?</style>|<footer\b.*?</footer>", "", page, flags=re.DOTALL)
-    page = re.sub(r'<link\b[^>]*href="https://[^>]*>', "", page)
+    taken_out = r"<script\b.*?</script>|<style\b.*?</style>|<footer\b.*?</footer>|<link\b[^>]*>"
+    page = re.sub(taken_out, "", page, flags=re.DOTALL)
     page = re.sub(r'https://[^"\s]*/logo-long\.png\?d=[0-9TZ.]+', f"{to_root}static/images/logo-long.png", page)
     return page.replace("</head>", f"<style>{STYLE}</style></head>", 1)
 
