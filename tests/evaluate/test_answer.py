@@ -56,7 +56,9 @@ def exam(pictures: list[Path]) -> tuple[list[str], list[list[Path]]]:
     return [question for question, _ in asked], [own for _, own in asked]
 
 
-def assert_as_alone(model, processor, pictures: list[Path], max_new_tokens: int, **options) -> list[Answer]:
+def assert_as_alone(
+    model, processor, pictures: list[Path], max_new_tokens: int, apart: float = 1e-4, **options
+) -> list[Answer]:
     questions, images = exam(pictures)
     expected = [alone(model, processor, q, own, max_new_tokens) for q, own in zip(questions, images, strict=True)]
     assert len({item.text for item in expected}) > 5, "the model says the same nearly everywhere: nothing is tested"
@@ -64,7 +66,7 @@ def assert_as_alone(model, processor, pictures: list[Path], max_new_tokens: int,
         got = scored_answers(model, processor, questions, images, batch, max_new_tokens, **options)
         assert [item.text for item in got] == [item.text for item in expected]
         confidences = [item.confidence for item in got]
-        assert confidences == pytest.approx([item.confidence for item in expected], abs=1e-4)
+        assert confidences == pytest.approx([item.confidence for item in expected], abs=apart)
     return expected
 
 
@@ -121,7 +123,9 @@ def test_penalties_of_the_generation_config_hold_in_batches(tiny, pictures: list
     model, processor = tiny
     free = answer(model, processor, *exam(pictures), 100, 6)
     model.generation_config.repetition_penalty = 5.0
-    penalised = assert_as_alone(model, processor, pictures, max_new_tokens=6)
+    # Padding counts as said, as in transformers: of 300 tokens the padding's own is then likelier or less likely by a
+    # thousandth, which moves the logarithm of all others' probabilities.
+    penalised = assert_as_alone(model, processor, pictures, max_new_tokens=6, apart=2e-3)
     assert [item.text for item in penalised] != free
 
 

@@ -49,8 +49,8 @@ def read_offline_run(folder: Path) -> OfflineRun:
                 item = record["history"]["item"]
                 if "loss" in item and "step" in item:
                     rows[item["step"]] = {name: value for name, value in item.items() if not name.startswith("_")}
-                if isinstance(item.get(PREDICTIONS), dict):
-                    predictions = _table(part / "files" / item[PREDICTIONS]["path"])
+                if table := item.get(f"{PREDICTIONS}.path"):  # W&B's reader gives nested fields in one level
+                    predictions = _table(part / "files" / table)
     return OfflineRun(config, [rows[step] for step in sorted(rows)], predictions)
 
 
