@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import logging
 
-from haplovl.model.layout import Placement, place, place_as_released
+from haplovl.model.layout import Placement, place, place_as_released, place_native
 from haplovl.pictures import MAX_PIXELS, ImageError, as_picture
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -23,9 +23,10 @@ class HaploImageProcessor(BaseImageProcessor):
     """Lays pictures out in square tiles of `image_size` pixels, as haplovl.model.layout says.
 
     `max_tiles` 1 gives every picture one tile, padded to a square with the mean colour; more tiles show larger
-    pictures in detail (any resolution). `tiling` "released" repeats what released checkpoints were trained with, by
-    `image_grid_pinpoints` (heights and widths in pixels): black and uneven padding, transparency ignored, frames
-    stretched.
+    pictures in detail (any resolution). `tiling` "native" keeps size and shape of a picture, up to `image_size` pixels
+    along its long side, and gives every patch a tile of its own (frames of videos are padded to a square as usual).
+    "released" repeats what released checkpoints were trained with, by `image_grid_pinpoints` (heights and widths in
+    pixels): black and uneven padding, transparency ignored, frames stretched.
     """
 
     model_input_names = ["pixel_values", "image_grids", "pixel_values_videos", "video_frames"]
@@ -37,14 +38,14 @@ class HaploImageProcessor(BaseImageProcessor):
         max_tiles: int = 1,
         image_mean: Sequence[float] = CLIP_MEAN,
         image_std: Sequence[float] = CLIP_STD,
-        tiling: Literal["haplovl", "released"] = "haplovl",
+        tiling: Literal["haplovl", "native", "released"] = "haplovl",
         image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
         max_pixels: int = MAX_PIXELS,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if tiling not in ("haplovl", "released"):
-            raise ValueError(f"tiling is '{tiling}'; expected 'haplovl' or 'released'")
+        if tiling not in ("haplovl", "native", "released"):
+            raise ValueError(f"tiling is '{tiling}'; expected 'haplovl', 'native' or 'released'")
         self.image_size = image_size
         self.patch_size = patch_size
         self.max_tiles = max_tiles
@@ -73,6 +74,8 @@ class HaploImageProcessor(BaseImageProcessor):
         """
         if self.tiling == "haplovl":
             return place(height, width, self.image_size, self.patch_size, self.max_tiles)
+        if self.tiling == "native":
+            return place_native(height, width, self.image_size, self.patch_size)
         if placed := self._place_as_released(height, width):
             return placed
         # No token would be left: shrunk until one row of patches is, which fits any arrangement of tiles.
@@ -88,6 +91,8 @@ class HaploImageProcessor(BaseImageProcessor):
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """A picture or a list of pictures → pixel_values [N, T, 3, s, s] float32 and image_grids [N, 8].
+
+        s is the side of a tile: image_size, or patch_size with the tiling "native".
 
         Pictures with fewer than T tiles are filled up with zeros. Anything that `as_picture` takes is a picture.
 
@@ -156,6 +161,9 @@ class HaploImageProcessor(BaseImageProcessor):
                 f"a picture of {picture.width}x{picture.height} pixels is too long and narrow for the model; it was "
                 f"shrunk to {placed.size[1]}x{placed.size[0]}, an aspect ratio that is allowed"
             )
+        if self.tiling == "native":
+            resized = picture.resize(placed.size[::-1], Image.Resampling.BICUBIC)
+            return self._patches(resized), placed.grid.to_list()
         canvas = self._paste(picture, placed)
         side, cut = self.image_size, []
         for top in range(0, placed.grid.tile_rows * side, side):
@@ -183,7 +191,7 @@ class HaploImageProcessor(BaseImageProcessor):
 
     def _frame(self, picture: Image.Image) -> np.ndarray:
         """[3, s, s] of one frame, which is always one tile."""
-        if self.tiling == "haplovl":
+        if self.tiling != "released":
             placed = place(picture.height, picture.width, self.image_size, self.patch_size, max_tiles=1)
             picture = self._paste(picture, placed)
         return self._normalise(picture)
@@ -197,7 +205,16 @@ class HaploImageProcessor(BaseImageProcessor):
     def _normalise(self, tile: Image.Image) -> np.ndarray:
         if tile.size != (self.image_size, self.image_size):
             tile = tile.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        pixels = np.asarray(tile, dtype=np.float32) / 255.0
+        return self._pixels(tile)
+
+    def _patches(self, picture: Image.Image) -> np.ndarray:
+        """A picture of whole patches, row by row: [patches, 3, p, p]."""
+        size = self.patch_size
+        cut = self._pixels(picture).reshape(3, picture.height // size, size, picture.width // size, size)
+        return cut.transpose(1, 3, 0, 2, 4).reshape(-1, 3, size, size)
+
+    def _pixels(self, picture: Image.Image) -> np.ndarray:
+        pixels = np.asarray(picture, dtype=np.float32) / 255.0
         pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from haplovl.evaluate.plots import BLANK, FAINT, INK, MAJORITY, MODEL, RULE, STYLE, as_svg
+from haplovl.evaluate.plots import BLANK, FAINT, INK, MAJORITY, MODEL, RULE, STYLE, to_svg
 
 COLOURS = (MODEL, BLANK, "#2a7f78", "#7a5aa6")
 SERIES = (
@@ -44,7 +44,7 @@ def layer_curves(alone: dict[str, Any]) -> str:
                 axes.legend(frameon=False, fontsize=9)
             else:
                 axes.text(0.5, 0.5, "undefined: the widths differ", ha="center", transform=axes.transAxes, color=FAINT)
-        return as_svg(figure)
+        return to_svg(figure)
 
 
 def cka_map(cka: Sequence[Sequence[float]]) -> str:
@@ -70,7 +70,7 @@ def cka_map(cka: Sequence[Sequence[float]]) -> str:
         bar = figure.colorbar(shown, ax=axes, shrink=0.8)
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
-        return as_svg(figure)
+        return to_svg(figure)
 
 
 def zero_shot_bars(questions: dict[str, dict[str, float]]) -> str:
@@ -92,4 +92,4 @@ def zero_shot_bars(questions: dict[str, dict[str, float]]) -> str:
         axes.grid(axis="y", color=RULE, linewidth=0.7)
         axes.spines["left"].set_visible(False)
         axes.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
-        return as_svg(figure)
+        return to_svg(figure)
