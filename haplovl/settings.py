@@ -95,6 +95,8 @@ class ProbeSettings(Strict):
     """Held-out records that are read, and held-out pictures that are compared with the teacher."""
     zero_shot_pictures: PositiveInt = 960
     """Pictures that are classified, spread evenly over their classes."""
+    fit_pictures: PositiveInt = 2000
+    """Training pictures on which a linear map from our class tokens to the teacher's is fitted."""
     imagenet: str | None = None
     """A folder with `val/CLASS/*.JPEG` and the classes' names, to classify as well."""
     batch: PositiveInt = 64

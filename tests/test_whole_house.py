@@ -19,7 +19,7 @@ SMALL = {
                           "steps": 4, "batch": 8},
     "stage1": {"steps": 4},
     "stage2": {"steps": 4, "curriculum": [{"share": 0.6, "epochs": 1}]},
-    "probe": {"records": 20, "zero_shot_pictures": 60},
+    "probe": {"records": 20, "zero_shot_pictures": 60, "fit_pictures": 60},
     "evaluate": {"questions_per_type": 10},
     "register": {"min_accuracy": 0.0, "min_margin": -1.0},
     "compare": {"recipes": ["haplovl", "solo"], "samples": [], "ablations": ["connector-random"], "seeds": [17]},

@@ -17,10 +17,11 @@ from haplovl.data.scenes import SceneMaker
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
 from haplovl.errors import UserError
 from haplovl.evaluate.probe.classes import imagenet, scenes
+from haplovl.evaluate.probe.linear_map import fit_linear_map
 from haplovl.evaluate.probe.runner import measure, probe, rounded
 from haplovl.evaluate.probe.similarity import cka_matrix
 from haplovl.evaluate.probe.subject import load_subject
-from haplovl.evaluate.probe.zero_shot import image_features
+from haplovl.evaluate.probe.zero_shot import look
 from haplovl.files import HEADS, RAW, STAGE1, TEACHERS, VALIDATED, sha256_of
 from haplovl.model import HaploForConditionalGeneration
 from haplovl.model.inherit import inherit
@@ -54,7 +55,7 @@ def clip(tokenizer):
 @pytest.fixture
 def params() -> Params:
     params = load_params(PARAMS_FILE)
-    settings = params.probe.model_copy(update={"records": 10, "zero_shot_pictures": 60, "batch": 7})
+    settings = params.probe.model_copy(update={"records": 10, "zero_shot_pictures": 60, "fit_pictures": 9, "batch": 7})
     prepared = params.prepare.model_copy(update={"max_tokens": 1024})
     return params.model_copy(update={"probe": settings, "prepare": prepared})
 
@@ -134,7 +135,7 @@ def test_an_inherited_pre_decoder_is_its_teacher_in_every_layer_and_resolution(
     assert len(own["layers"]) == 3
     for question in ("digit", "colour", "place"):
         shown = metrics["zero_shot"]["scenes"][question]
-        assert shown["direct"] == shown["teacher"] and shown["direct_agrees"] == 1
+        assert shown["direct"] == shown["teacher"] and shown["agreement"]["direct"] == 1
     assert_the_teachers_features("direct", target=2)
 
 
@@ -142,7 +143,7 @@ def test_an_inherited_pre_decoder_is_its_teacher_in_every_layer_and_resolution(
 def assert_the_teachers_features(way, target):
     """The pictures' features by this way are the teacher's, and those of different pictures differ."""
     pictures = [Image.effect_noise((32, 32), 40 * i).convert("RGB") for i in (1, 2, 3)]
-    found = image_features(load_subject(Path(".")), pictures, target)
+    found = look(load_subject(Path(".")), pictures, target).features
     torch.testing.assert_close(found[way], found["teacher"], atol=1e-4, rtol=0)
     assert (found["teacher"][0] - found["teacher"][1]).norm() > 1e-2
 
@@ -172,7 +173,7 @@ def test_a_head_that_gives_a_lower_layer_is_finished_by_the_teacher(project, par
     assert metrics["vision"]["layer"] == 1
     assert metrics["vision"]["alone"]["32"]["cosine"] == pytest.approx(1, abs=1e-3)
     for question in ("digit", "colour", "place"):
-        assert metrics["zero_shot"]["scenes"][question]["vision_head_agrees"] == 1
+        assert metrics["zero_shot"]["scenes"][question]["agreement"]["vision_head"] == 1
     assert_the_teachers_features("vision_head", target=1)
     assert metrics["current_token"] == {"undefined": "neither of the text losses had a weight in stage 1"}
 
@@ -244,6 +245,18 @@ def test_cka_knows_rotations_and_strangers():
     assert abs(row[2]) < 0.05  # the biased estimator gives 0.15 here
     with pytest.raises(ValueError, match="at least 4 examples, found 3"):
         cka_matrix([x[:3]], [other[:3]])
+
+
+def test_a_linear_map_finds_what_is_there_and_nothing_else():
+    torch.manual_seed(0)
+    x, turn = 0.01 * torch.randn(300, 24) + 7, torch.randn(24, 10)  # small differences far from the origin
+    apply = fit_linear_map(x[:200], x[:200] @ turn + 2)
+    torch.testing.assert_close(apply(x[200:]), x[200:] @ turn + 2, atol=1e-3, rtol=0)
+    noise = torch.randn(300, 10)
+    guess = fit_linear_map(x[:200], noise[:200])(x[200:])
+    assert (guess - noise[200:]).square().mean() < 1.2 * noise[200:].var()  # no worse than the mean
+    with pytest.raises(ValueError, match="at least 5 examples, found 4"):
+        fit_linear_map(x[:4], noise[:4])
 
 
 # --- its files -----------------------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from haplovl.evaluate.plots import BLANK, FAINT, INK, MAJORITY, MODEL, RULE, STY
 
 COLOURS = (MODEL, BLANK, "#2a7f78", "#7a5aa6")
 SERIES = (
-    ("teacher", "the teacher itself", "#2a7f78", "", -0.3),
-    ("vision_head", "distilled, through the vision head", MODEL, "", -0.1),
-    ("direct", "distilled, last layer as it is", BLANK, "////", 0.1),
-    ("chance", "chance", MAJORITY, "....", 0.3),
+    ("teacher", "the teacher itself", "#2a7f78", "", -0.32),
+    ("fitted", "distilled, by a fitted map", MODEL, "", -0.16),
+    ("vision_head", "by the vision head", "#7a5aa6", "\\\\\\\\", 0.0),
+    ("direct", "last layer as it is", BLANK, "////", 0.16),
+    ("chance", "chance", MAJORITY, "....", 0.32),
 )
 
 
@@ -81,7 +82,7 @@ def zero_shot_bars(questions: dict[str, dict[str, float]]) -> str:
             there = [(place, own[key]) for place, own in enumerate(questions.values()) if key in own]
             if there:
                 places, heights = [place + shift for place, _ in there], [height for _, height in there]
-                axes.bar(places, heights, 0.18, label=label, color=colour, hatch=hatch, edgecolor="white", zorder=2)
+                axes.bar(places, heights, 0.15, label=label, color=colour, hatch=hatch, edgecolor="white", zorder=2)
                 for place, height in zip(places, heights, strict=True):
                     axes.text(place, height + 0.015, f"{height:.2f}", ha="center", va="bottom", fontsize=8.5)
         names = [f"{name}, {own['classes']} classes" for name, own in questions.items()]
@@ -90,5 +91,5 @@ def zero_shot_bars(questions: dict[str, dict[str, float]]) -> str:
         axes.tick_params(length=0)
         axes.grid(axis="y", color=RULE, linewidth=0.7)
         axes.spines["left"].set_visible(False)
-        axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
+        axes.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
         return as_svg(figure)

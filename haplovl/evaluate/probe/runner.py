@@ -14,11 +14,12 @@ from haplovl.data.media import Media
 from haplovl.data.prepare import read_manifest
 from haplovl.data.validated import read_validated
 from haplovl.errors import UserError
+from haplovl.evaluate.probe.classes import PictureSet
 from haplovl.evaluate.probe.held_out import in_records, spread
-from haplovl.evaluate.probe.report import write_report
+from haplovl.evaluate.probe.report import write_report, zero_shot_questions
 from haplovl.evaluate.probe.subject import Subject, load_subject
 from haplovl.evaluate.probe.vision import at_resolution, resolutions
-from haplovl.evaluate.probe.zero_shot import picture_sets, undefined, zero_shot
+from haplovl.evaluate.probe.zero_shot import WAYS, fit, picture_sets, undefined, zero_shot
 from haplovl.files import METRICS, PREPARED, RAW, REPORTS, VALIDATED, require, whole_folder, write_json
 from haplovl.pictures import ImageError
 from haplovl.progress import reporter
@@ -71,7 +72,7 @@ def measure(params: Params, root: Path) -> tuple[dict[str, Any], list[list[float
         "records": len(chosen),
         "vision": {"layer": target, "in_records": seen or no_picture, "alone": alone} if alone else no_picture,
         "current_token": words,
-        "zero_shot": _zero_shot(subject, params, to_classify, target),
+        "zero_shot": _zero_shot(subject, params, root, to_classify, target),
     }
     return metrics, cka
 
@@ -128,13 +129,18 @@ def _open(media: Media, source: str, reference: str) -> Image.Image:
         raise UserError(f"picture {reference} of {source}: {error}; run 'haplovl validate' again") from None
 
 
-def _zero_shot(subject: Subject, params: Params, to_classify: dict[str, Any], target: int) -> dict[str, Any]:
+def _zero_shot(
+    subject: Subject, params: Params, root: Path, to_classify: dict[str, PictureSet], target: int
+) -> dict[str, Any]:
     if reason := undefined(subject, params):
         return _undefined(reason)
     results = {}
+    training = _pictures(root, "train", params.probe.fit_pictures)
+    with reporter("training pictures", len(training)) as report:
+        fitted = fit(subject, training, target, params.probe.batch, report.update)
     for name, shown in to_classify.items():
         with reporter(f"zero-shot, {name}", len(shown.pictures)) as report:
-            results[name] = zero_shot(subject, shown, target, params.probe.batch, report.update)
+            results[name] = zero_shot(subject, shown, fitted, target, params.probe.batch, report.update)
     return results
 
 
@@ -170,9 +176,7 @@ def _summary(metrics: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     for name, own in metrics["current_token"].items():
         if name != "undefined":
             yield f"current token, {name}", f"{own['top1']:.3f}", f"most frequent token {own['most_frequent']:.3f}"
-    for shown, own in metrics["zero_shot"].items():
-        for name, question in own.items() if isinstance(own, dict) else ():
-            if isinstance(question, dict):
-                way = "vision_head" if "vision_head" in question else "direct"
-                others = f"teacher {question['teacher']:.3f}, chance {question['chance']:.3f}"
-                yield f"zero-shot, {shown}: {name} ({way.replace('_', ' ')})", f"{question[way]:.3f}", others
+    for name, question in zero_shot_questions(metrics).items():
+        others = f"teacher {question['teacher']:.3f}, chance {question['chance']:.3f}"
+        ways = [way for way in WAYS if way in question]
+        yield f"zero-shot, {name}", " ".join(f"{way} {question[way]:.3f}" for way in ways), others

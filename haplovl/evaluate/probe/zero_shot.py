@@ -1,26 +1,35 @@
 """Zero-shot classification through the teacher's text tower, from the teacher's class token and from the distilled one.
 
-The class token has no part in the distillation loss: it learns nothing but by attending to patches that do. Two ways
-lead from it into the teacher's space, and both are measured: the vision head, in place of the teacher's hidden state
-that it was trained to give, and the last layer's output as it is, since the layers were inherited.
+The class token has no part in the distillation loss: it learns nothing but by attending to patches that do, and
+nothing keeps it in the teacher's space. So three ways are measured that lead there from it: a linear map, fitted to the
+teacher's class tokens of training pictures; the vision head, which was trained on patches alone; and the last layer's
+output as it is, since the layers were inherited.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from haplovl.evaluate.probe.classes import PictureSet, imagenet, scenes
+from haplovl.evaluate.probe.linear_map import HELD_OUT, fit_linear_map
+from haplovl.evaluate.probe.similarity import Cosine
 from haplovl.evaluate.probe.subject import Subject, run_pictures, teacher_states
 from haplovl.evaluate.probe.vision import square
 from haplovl.model.media import read_grids
 from haplovl.settings import Params
 
-WAYS = ("teacher", "vision_head", "direct")
+WAYS = ("fitted", "vision_head", "direct")
 TEXTS_TOGETHER = 256
+
+Open = Callable[[], Image.Image]
+Progress = Callable[[int], None]
+LinearMap = Callable[[torch.Tensor], torch.Tensor]
 
 
 def undefined(subject: Subject, params: Params) -> str:
@@ -50,53 +59,95 @@ def picture_sets(params: Params) -> dict[str, PictureSet]:
     return found
 
 
+@dataclass(frozen=True)
+class ClassTokens:
+    """Of pictures in one tile each: both class tokens [N, H], and the pictures by every way but the map, [N, P].
+
+    `ours` is the pre-decoder's output, `theirs` the teacher's last hidden state.
+    """
+
+    ours: torch.Tensor
+    theirs: torch.Tensor
+    features: dict[str, torch.Tensor]
+
+
 @torch.inference_mode()
-def zero_shot(
-    subject: Subject,
-    shown: PictureSet,
-    target: int,
-    batch: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> dict[str, Any]:
-    """Accuracy of every question by each of WAYS, and chance. `target` is the hidden state that stage 1 taught."""
-    seen: dict[str, list[torch.Tensor]] = {way: [] for way in WAYS}
-    for start in range(0, len(shown.pictures), batch):
-        pictures = [open_picture() for open_picture in shown.pictures[start : start + batch]]
-        for way, features in image_features(subject, pictures, target).items():
-            seen[way].append(features)
-        progress(min(start + batch, len(shown.pictures)))
-    features = {way: torch.cat(parts) for way, parts in seen.items() if parts}
-    every = [prompt for question in shown.questions.values() for prompts in question.prompts for prompt in prompts]
-    known = _texts(subject, list(dict.fromkeys(every)))
-    results = {}
-    for name, question in shown.questions.items():
-        classes = torch.stack([_class_features([known[prompt] for prompt in own]) for own in question.prompts])
-        said = {way: (found @ classes.T).argmax(dim=1).cpu() for way, found in features.items()}
-        right = torch.tensor(question.right)
-        results[name] = {"classes": len(classes), "chance": 1 / len(classes)}
-        results[name] |= {way: float((answers == right).double().mean()) for way, answers in said.items()}
-        results[name] |= {
-            f"{way}_agrees": float((answers == said["teacher"]).double().mean())
-            for way, answers in said.items()
-            if way != "teacher"
-        }
-    return {"pictures": len(shown.pictures), **results}
-
-
-def image_features(subject: Subject, pictures: Sequence[Any], target: int) -> dict[str, torch.Tensor]:
-    """Pictures, one tile each, in the space that the teacher's towers share: [N, P] by each of WAYS that there is."""
+def look(subject: Subject, pictures: Sequence[Image.Image], target: int) -> ClassTokens:
+    """The class tokens of pictures; `target` is the teacher's hidden state that stage 1 taught."""
     own = subject.processor.image_processor
     processor = own if own.max_tiles == 1 else square(own, own.image_size)
     shown = processor(pictures, return_tensors="pt")
     pixels, grids = shown["pixel_values"][:, 0], read_grids(shown["image_grids"])
     states = teacher_states(subject, pixels)
     done = run_pictures(subject, pixels, grids)
-    found = {"teacher": _finish(subject, states[-1])}
+    features = {"teacher": project(subject, states[-1][:, 0])}
     if subject.vision_head is not None:
-        found["vision_head"] = _finish(subject, _through_the_head(subject, done.output, grids, states[target]), target)
+        replaced = _through_the_head(subject, done.output, grids, states[target])
+        for layer in subject.teacher.encoder.layers[target:]:
+            replaced = layer(replaced, None)
+        features["vision_head"] = project(subject, replaced[:, 0])
     if done.states[-1].shape[-1] == states[-1].shape[-1]:
-        found["direct"] = _finish(subject, done.states[-1][:, :1])
-    return found
+        features["direct"] = project(subject, done.states[-1][:, 0])
+    return ClassTokens(done.output[:, 0], states[-1][:, 0], features)
+
+
+@torch.inference_mode()
+def fit(subject: Subject, pictures: Sequence[Open], target: int, batch: int, progress: Progress) -> LinearMap | None:
+    """The linear map from our class tokens to the teacher's of these pictures; None where they are too few."""
+    if len(pictures) < HELD_OUT:
+        return None
+    seen = [look(subject, part, target) for part in _batches(pictures, batch, progress)]
+    return fit_linear_map(torch.cat([tokens.ours for tokens in seen]), torch.cat([tokens.theirs for tokens in seen]))
+
+
+@torch.inference_mode()
+def zero_shot(
+    subject: Subject, shown: PictureSet, fitted: LinearMap | None, target: int, batch: int, progress: Progress
+) -> dict[str, Any]:
+    """Accuracy of every question by the teacher and by each of WAYS, chance, and how alike the class tokens are."""
+    features: dict[str, list[torch.Tensor]] = {}
+    ours, theirs = Cosine(), Cosine()
+    for pictures in _batches(shown.pictures, batch, progress):
+        tokens = look(subject, pictures, target)
+        ours.add(tokens.ours, tokens.ours)
+        theirs.add(tokens.theirs, tokens.theirs)
+        mapped = {} if fitted is None else {"fitted": project(subject, fitted(tokens.ours))}
+        for way, found in (tokens.features | mapped).items():
+            features.setdefault(way, []).append(found)
+    every = [prompt for question in shown.questions.values() for prompts in question.prompts for prompt in prompts]
+    known = _texts(subject, list(dict.fromkeys(every)))
+    results: dict[str, Any] = {
+        "pictures": len(shown.pictures),
+        "alike": ours.constant,
+        "teacher_alike": theirs.constant,
+    }
+    for name, question in shown.questions.items():
+        classes = torch.stack([_class_features([known[prompt] for prompt in own]) for own in question.prompts])
+        said = {way: (torch.cat(found) @ classes.T).argmax(dim=1).cpu() for way, found in features.items()}
+        results[name] = _scores(said, torch.tensor(question.right), len(classes))
+    return results
+
+
+def _scores(said: dict[str, torch.Tensor], right: torch.Tensor, classes: int) -> dict[str, Any]:
+    """Accuracies, and how often each of WAYS says what the teacher says."""
+    ways = [way for way in WAYS if way in said]
+    return {
+        "classes": classes,
+        "chance": 1 / classes,
+        **{way: float((said[way] == right).double().mean()) for way in ("teacher", *ways)},
+        "agreement": {way: float((said[way] == said["teacher"]).double().mean()) for way in ways},
+    }
+
+
+def _batches(pictures: Sequence[Open], batch: int, progress: Progress) -> Iterator[list[Image.Image]]:
+    for start in range(0, len(pictures), batch):
+        yield [open_picture() for open_picture in pictures[start : start + batch]]
+        progress(min(start + batch, len(pictures)))
+
+
+def project(subject: Subject, token: torch.Tensor) -> torch.Tensor:
+    """Class tokens in the place of the teacher's last ones → unit vectors of the space of both towers: [N, P]."""
+    return functional.normalize(subject.clip.visual_projection(subject.teacher.post_layernorm(token)), dim=-1)
 
 
 def _through_the_head(
@@ -111,14 +162,6 @@ def _through_the_head(
     newline_free[0] = True  # the class token
     directions = functional.normalize(subject.vision_head(output[:, newline_free.to(output.device)]), dim=-1)
     return directions * taught.norm(dim=-1, keepdim=True)
-
-
-def _finish(subject: Subject, state: torch.Tensor, number: int | None = None) -> torch.Tensor:
-    """From hidden state `number` (the last by default) through the layers above it to unit vectors: [N, P]."""
-    tower, clip = subject.teacher, subject.clip
-    for layer in tower.encoder.layers[number:] if number is not None else ():
-        state = layer(state, None)
-    return functional.normalize(clip.visual_projection(tower.post_layernorm(state[:, 0])), dim=-1)
 
 
 def _class_features(prompts: Sequence[torch.Tensor]) -> torch.Tensor:
