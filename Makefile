@@ -1,4 +1,5 @@
 # make pipeline   everything: .venv, then the Prefect flow over all stages of dvc.yaml, then the version
+# make compare    recipes on equal terms, then reports/comparison/;  make ablations  single switches
 # make test       the fast tests;  make test-slow  drills that take minutes
 PYTHON ?= python3
 VENV := .venv
@@ -10,11 +11,15 @@ COMPUTE ?= $(or $(HAPLOVL_COMPUTE),laptop)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: pipeline test test-slow lint venv clean
+.PHONY: pipeline compare ablations test test-slow lint venv clean
 .DEFAULT_GOAL := pipeline
 
 pipeline: $(READY)
 	@$(BIN)/python -m flows.pipeline --compute $(COMPUTE)
+
+# Both go on where they were interrupted; JOBS=1 trains one recipe at a time.
+compare ablations: $(READY)
+	@$(BIN)/python -m flows.compare $@ $(if $(JOBS),--jobs $(JOBS))
 
 test: $(READY)
 	@$(BIN)/python -m pytest -m "not slow"

@@ -75,7 +75,7 @@ def train(shape: str, precision: str, attention: str, zero_stage: int, threads: 
     from haplovl.model import HaploForConditionalGeneration
     from haplovl.train.blueprint import Blueprint, find_teachers, typical_rows
     from haplovl.train.engine import global_counts, make_engine, start_distributed, take_step
-    from haplovl.train.objectives import InstructionTuning
+    from haplovl.train.objectives import NextToken
 
     params, compute = recipe(shape, precision), profile(attention, zero_stage, threads)
     start_distributed(compute)
@@ -85,7 +85,7 @@ def train(shape: str, precision: str, attention: str, zero_stage: int, threads: 
     torch.manual_seed(0)
     model = HaploForConditionalGeneration(config).train()
     model.set_attn_implementation({"": attention, "text_config": attention})
-    objective = InstructionTuning(model)
+    objective = NextToken(model)
     batch = typical_rows(config, params, params.stage2, 1)
     pictures = torch.randn(batch.pixel_values.shape)
     batch = replace(batch, pixel_values=pictures)

@@ -27,7 +27,7 @@ from haplovl.model import HaploImageProcessor, HaploProcessor
 from haplovl.settings import BatchSettings, ComputeProfile, StageMixture, StageSettings
 from haplovl.train.checkpoint import RunFolder
 from haplovl.train.engine import DTYPES, global_counts, make_engine, start_distributed, take_step
-from haplovl.train.objectives import InstructionTuning
+from haplovl.train.objectives import NextToken
 
 RECORDS = 96
 PICTURE_SIZE = (640, 480)
@@ -56,7 +56,7 @@ def measure(precision: str, folder: Path) -> dict[str, float]:
     start_distributed(compute)
     batch = BatchSettings(rows=ROWS, row_tokens=ROW_TOKENS)
     settings = StageSettings(steps=STEPS, precision=precision, batch=batch, optimizer=OPTIMIZER)
-    objective = InstructionTuning(model)
+    objective = NextToken(model)
     engine = make_engine(objective, settings, compute, ROWS)
 
     def step(batches: list[Batch]) -> None:

@@ -25,7 +25,7 @@ from haplovl.model import HaploConfig, HaploForConditionalGeneration, HaploPreDe
 from haplovl.settings import BatchSettings, ComputeProfile, StageSettings
 from haplovl.train.engine import global_counts, make_engine, start_distributed, take_step
 from haplovl.train.flops import StepFlops, Work
-from haplovl.train.objectives import Distillation, InstructionTuning
+from haplovl.train.objectives import Distillation, NextToken
 from haplovl.train.optim import make_optimizer
 
 ROW_TOKENS, ROWS = 4096, 4
@@ -116,7 +116,7 @@ def _objective(stage: int) -> tuple[nn.Module, HaploForConditionalGeneration, St
     with torch.device("cuda"):
         model = HaploForConditionalGeneration(config).train()
         if stage == 2:
-            return InstructionTuning(model), model, StepFlops.stage2(model)
+            return NextToken(model), model, StepFlops.stage2(model)
         vision = CLIPVisionModel(CLIPVisionConfig(**VISION))
         objective = Distillation(model, vision, -2, 1.0)
     objective.frozen_to(torch.device("cuda"), torch.bfloat16)

@@ -22,7 +22,7 @@ from haplovl.model.layout import single_tile
 from haplovl.settings import BatchSettings, ComputeProfile, OptimizerSettings, StageSettings
 from haplovl.train.engine import global_counts, make_engine, start_distributed, take_step
 from haplovl.train.flops import StepFlops, Work
-from haplovl.train.objectives import InstructionTuning
+from haplovl.train.objectives import NextToken
 from haplovl.train.optim import make_optimizer
 
 ROW_TOKENS, ROWS = 3072, 2
@@ -146,7 +146,7 @@ class Ours(Way):
         start_distributed(compute)
         batch = BatchSettings(rows=ROWS, row_tokens=ROW_TOKENS)
         settings = StageSettings(steps=1, precision=precision, batch=batch, optimizer=OPTIMIZER)
-        self.objective = InstructionTuning(self.model)
+        self.objective = NextToken(self.model)
         self.engine = make_engine(self.objective, settings, compute, ROWS)
 
     def step(self, batches: list[Batch]) -> float:
@@ -161,7 +161,7 @@ class PlainTorch(Way):
         super().__init__(precision, vocabulary)
         backend = ATTENTION[precision]
         self.model.set_attn_implementation({"": backend, "text_config": backend})
-        self.objective = InstructionTuning(self.model.to(self.dtype))
+        self.objective = NextToken(self.model.to(self.dtype))
         self.weights = [p for p in self.objective.parameters() if p.requires_grad]
         self.masters = nn.ParameterList(p.detach().float() if self.dtype != torch.float32 else p for p in self.weights)
         self.optimizer = make_optimizer(self.masters, OPTIMIZER)

@@ -101,7 +101,7 @@ def main() -> None:
     # Shells start background jobs with Ctrl-C ignored, and Python keeps it so.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        _start_server()
+        start_server()
         state = haplovl_full(compute=compute, return_state=True)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; run the same command again to go on from the last finished stage or checkpoint")
@@ -110,7 +110,7 @@ def main() -> None:
     print_summary(state.message or "")
 
 
-def _start_server() -> None:
+def start_server() -> None:
     """Starts Prefect's temporary server where the user has none of their own.
 
     Ctrl-C reaches every process of the terminal. A server that died of it would leave the flow waiting a minute to

@@ -25,6 +25,8 @@ TAIL_BYTES = 64 * 1024
 INTERRUPT_SECONDS = 20
 """How long an interrupted stage may take to write its checkpoint before it is killed."""
 
+_running: set[subprocess.Popen[bytes]] = set()
+"""Commands that run now, in whatever thread."""
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]|[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
@@ -46,7 +48,10 @@ class Project:
     def __init__(self) -> None:
         os.environ.setdefault("DVC_NO_ANALYTICS", "1")
         self._repo: Any = None
-        self.stages = self._read_graph()
+        self.all_stages = self._read_graph()
+        """Those of every dvc.yaml in the project; outside the root their names begin with the file's."""
+        self.stages = [stage for stage in self.all_stages if ":" not in stage.name]
+        """The main pipeline."""
 
     def is_unchanged(self, name: str) -> bool:
         """Whether `dvc repro` would skip the stage; asks DVC in this process, which starts no interpreter."""
@@ -148,12 +153,14 @@ def _child(
         raise
     finally:
         os.close(sink)
+    _running.add(process)
     try:
         yield process, source
     except BaseException:
         _end_group(process)
         raise
     finally:
+        _running.discard(process)
         os.close(source)
 
 
@@ -175,6 +182,12 @@ def _chunks(process: subprocess.Popen[bytes], source: int) -> Iterator[bytes]:
             yield chunk
         elif ended:
             return
+
+
+def end_all() -> None:
+    """Ends the commands of all threads, as an interruption of each would."""
+    for process in list(_running):
+        _end_group(process)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

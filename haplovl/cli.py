@@ -258,6 +258,42 @@ def export_released(
         raise UserError(str(error)) from None
 
 
+comparison = typer.Typer(help="Single runs of `make compare` and `make ablations`.", no_args_is_help=True)
+app.add_typer(comparison, name="comparison")
+Group = Annotated[str, typer.Argument(help="compute (as much as the first recipe), samples (as many), or ablations.")]
+Recipe = Annotated[str, typer.Argument(help="A file of recipes/, without .yaml.")]
+Seed = Annotated[int, typer.Argument(help="Moves the order of the data and what is drawn at random.")]
+
+
+@comparison.command(name="train")
+def comparison_train(group: Group, recipe: Recipe, seed: Seed) -> None:
+    """Train a recipe in a folder of its own, with as many steps as its terms allow."""
+    _only_errors_of_transformers()
+    from haplovl.comparison.runs import Run, train
+
+    train(Run(group, recipe, seed))
+
+
+@comparison.command(name="evaluate")
+def comparison_evaluate(group: Group, recipe: Recipe, seed: Seed) -> None:
+    """Evaluate a trained run in its folder."""
+    from haplovl.comparison.runs import Run, evaluate
+
+    evaluate(Run(group, recipe, seed))
+
+
+@comparison.command(name="report")
+def comparison_report(
+    group: Annotated[
+        list[str] | None, typer.Argument(help="compute, samples, ablations; default: all finished.")
+    ] = None,
+) -> None:
+    """Write reports/comparison/ from the runs that are finished."""
+    from haplovl.comparison.report import write_report
+
+    write_report(group)
+
+
 @app.command()
 def preset(name: Annotated[str | None, typer.Argument(help="A file of params/, without .yaml.")] = None) -> None:
     """List the presets of params/, or make one the params.yaml of this project."""

@@ -68,6 +68,18 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
+def read_jsonl(path: Path) -> list[Any]:
+    """Reads JSON lines.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return [json.loads(line) for line in require(path).read_text(encoding="utf-8").splitlines() if line]
+    except ValueError as error:
+        raise UserError(f"{path} does not hold JSON lines: {error}") from None
+
+
 def require(path: Path, made_by: str = "") -> Path:
     """Returns `path` if it exists.
 

@@ -133,7 +133,7 @@ def _training(candidate: dict[str, Any]) -> str:
         ("data source", _source(candidate)),
         ("chat template", params["prepare"]["chat_template"]),
         ("image size", f"{params['model']['image_size']} pixels"),
-        ("stage 1 (distillation)", _stage(params["stage1"])),
+        (f"stage 1 ({OBJECTIVES[params['stage1']['objective']]})", _stage(params["stage1"])),
         ("stage 2 (instruction tuning)", _stage(params["stage2"])),
         ("vision teacher", _teacher(params["teachers"]["vision"])),
         ("language model", _teacher(params["teachers"]["language"])),
@@ -194,7 +194,12 @@ def _source(candidate: dict[str, Any]) -> str:
     return ", ".join(source["name"] for source in candidate["params"]["collect"]["sources"])
 
 
+OBJECTIVES = {"distillation": "distillation", "next_token": "next-token pretraining", "none": "left out"}
+
+
 def _stage(stage: dict[str, Any]) -> str:
+    if "steps" not in stage:
+        return "none"
     batch = stage["batch"]
     return (
         f"{stage['steps']} steps of {batch['rows']} rows of {batch['row_tokens']} tokens, "

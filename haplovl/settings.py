@@ -13,7 +13,23 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from haplovl.data_settings import CollectSettings, PositiveFloat, PositiveInt, PrepareSettings, Share, ValidateSettings
+from haplovl.model_settings import ModelSettings
 from haplovl.strict import SettingsError, Strict, load_strict
+from haplovl.training_settings import (  # noqa: F401  (settings of all rooms are imported from here)
+    BatchSettings,
+    CurriculumPhase,
+    DistillationLosses,
+    DistillationSettings,
+    LoraSettings,
+    NoStageSettings,
+    OptimizerSettings,
+    Part,
+    PretrainingSettings,
+    Stage1Settings,
+    Stage2Settings,
+    StageMixture,
+    StageSettings,
+)
 
 PARAMS_FILE = Path("params.yaml")
 COMPUTE_FOLDER = Path("infra/compute")
@@ -71,136 +87,6 @@ class TeachersSettings(Strict):
     language: HubTeacher | FolderTeacher | TrainedLanguageTeacher = Field(discriminator="kind")
 
 
-# --- model ---------------------------------------------------------------------------------------------------------
-class ModelSettings(Strict):
-    """What the single transformer is made of; see docs/model.md."""
-
-    image_size: PositiveInt
-    """Side in pixels that images are padded to square and resized to; a multiple of the teacher's patch size."""
-    class_token: bool = True
-    """Keep the vision teacher's class token inside every image block."""
-    image_newline: bool = True
-    """End every row of patches with a learned newline token."""
-    pre_rotary_increment: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Rotary step between the tokens of one image in the pre-decoder: 0 all equal, 1 sequential (V2PE)."""
-    post_rotary_increment: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
-    pre_decoder: Literal["inherit", "random"] = "inherit"
-    pre_decoder_layers: PositiveInt | None = None
-    """First layers of the vision teacher to keep; all by default."""
-    post_mask: Literal["mixed", "causal"] = "mixed"
-    """Mask of the language model: tokens of one image see each other both ways, or causal throughout."""
-    max_tiles: PositiveInt = 1
-    """Most tiles of `image_size` pixels that show one picture; 1 gives every picture one tile, padded to a square."""
-    released_layout: bool = False
-    """Build what a checkpoint of the authors' layout can hold (docs/model.md), so that export-released can write it."""
-    connector: Literal["text_head", "random"] = "text_head"
-    """Start of the connector: stage 1's text head, or random."""
-
-    @model_validator(mode="after")
-    def _fit_the_released_layout(self) -> "ModelSettings":
-        needed = {
-            "class_token": False,
-            "image_newline": True,
-            "pre_rotary_increment": 1.0,
-            "post_rotary_increment": 1.0,
-            "post_mask": "mixed",
-        }
-        wrong = [f"{name}: {value}" for name, value in needed.items() if getattr(self, name) != value]
-        if self.released_layout and wrong:
-            raise ValueError(f"released_layout needs {', '.join(wrong)}")
-        return self
-
-
-# --- train ---------------------------------------------------------------------------------------------------------
-class OptimizerSettings(Strict):
-    """AdamW with linear warm-up and cosine decay."""
-
-    learning_rate: PositiveFloat
-    min_learning_rate_share: Share = 0.0
-    """Learning rate at the last step as a share of the peak."""
-    warmup_share: Share = 0.03
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.98)
-    max_grad_norm: PositiveFloat = 1.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _yaml_lists_are_tuples(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("betas"), list):
-            data = {**data, "betas": tuple(float(beta) for beta in data["betas"])}
-        return data
-
-
-class BatchSettings(Strict):
-    """One optimiser step sees `rows` packed rows of at most `row_tokens` tokens."""
-
-    rows: PositiveInt
-    row_tokens: PositiveInt
-    row_images: PositiveInt | None = None
-    """Most pictures in a row, which bounds the memory of their pixels; no bound by default."""
-    lookahead: PositiveInt = 4096
-    """Documents that packing may choose from, to fill the gaps of long ones with short ones."""
-
-
-class StageMixture(Strict):
-    """Relative weights of record kinds; `interleaved` joins several records into one document."""
-
-    instruction: Annotated[float, Field(ge=0.0)] = 1.0
-    caption: Annotated[float, Field(ge=0.0)] = 0.0
-    text: Annotated[float, Field(ge=0.0)] = 1.0
-    interleaved: Share = 0.0
-    """Share of the documents that are built from several records (stage 1)."""
-    sources: dict[str, Annotated[float, Field(ge=0.0)]] = {}
-    """Factors by source's name; `collect.sources` gives those that are not set here (`weight`)."""
-
-
-class CurriculumPhase(Strict):
-    """Short records first: `epochs` passes over the `share` of the records with the fewest tokens."""
-
-    share: Share
-    epochs: PositiveInt
-
-
-class StageSettings(Strict):
-    """What both training stages have in common."""
-
-    steps: PositiveInt
-    precision: Literal["fp32", "bf16"] = "fp32"
-    batch: BatchSettings
-    optimizer: OptimizerSettings
-    mixture: StageMixture = StageMixture()
-    curriculum: list[CurriculumPhase] = []
-    """What comes before the passes over all records, in this order."""
-    checkpoint_every: PositiveInt = 50
-
-
-class Stage1Settings(StageSettings):
-    """Distillation of the pre-decoder from the two frozen teachers."""
-
-    objective: Literal["distillation"] = "distillation"
-    vision_layer: int = -1
-    """Hidden state of the vision teacher that the image tokens must match (index into its hidden states)."""
-    temperature: PositiveFloat = 1.0
-    """tau of the current-token prediction."""
-
-
-class LoraSettings(Strict):
-    """Low-rank adapters on the language model's linear layers instead of tuning its weights (arXiv 2106.09685)."""
-
-    rank: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
-    """Scale: adapters are added with the factor alpha / rank."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-
-
-class Stage2Settings(StageSettings):
-    """Full instruction tuning."""
-
-    objective: Literal["instruction"] = "instruction"
-    lora: LoraSettings | None = None
-    """Adapters on the post-decoder, merged into it at the end; by default all its weights are tuned."""
-
-
 # --- evaluate, register ---------------------------------------------------------------------------------------------
 class EvaluateSettings(Strict):
     questions_per_type: PositiveInt = 200
@@ -217,6 +103,21 @@ class RegisterSettings(Strict):
     """Gate: accuracy that every question type needs above the better of its two baselines."""
 
 
+class CompareSettings(Strict):
+    """`make compare`: recipes of recipes/ on equal terms; see docs/comparison.md."""
+
+    changes: dict[str, Any] = {}
+    """Changes to the settings of this file that all runs share, below those of their recipes: a size that many runs
+    can afford."""
+    recipes: Annotated[list[str], Field(min_length=2)]
+    """The first one's compute is everybody's budget."""
+    samples: list[str] = []
+    """Recipes that are also trained on as many records as the first one."""
+    ablations: list[str] = []
+    """Recipes of `make ablations`: the first one with a single switch changed, at the same compute."""
+    seeds: Annotated[list[int], Field(min_length=1)]
+
+
 class Params(Strict):
     """The whole of params.yaml."""
 
@@ -231,25 +132,56 @@ class Params(Strict):
     stage2: Stage2Settings
     evaluate: EvaluateSettings = EvaluateSettings()
     register_: RegisterSettings = Field(default=RegisterSettings(), alias="register")
+    compare: CompareSettings | None = None
+
+    @property
+    def training(self) -> dict[str, StageSettings]:
+        """The stages that train, by name."""
+        stages = {"stage1": self.stage1, "stage2": self.stage2}
+        return {name: stage for name, stage in stages.items() if isinstance(stage, StageSettings)}
 
     @model_validator(mode="after")
     def _mixtures_know_the_sources(self) -> "Params":
         """Gives the stages the weights of the sources, so that no prepared shard depends on them."""
         weights = {source.name: source.weight for source in self.collect.sources if source.weight != 1.0}
         names = {source.name for source in self.collect.sources}
-        for name in ("stage1", "stage2"):
-            stage = getattr(self, name)
-            if unknown := sorted(set(stage.mixture.sources) - names):
-                raise ValueError(f"{name}.mixture.sources names '{unknown[0]}', which is not in collect.sources")
-            mixture = stage.mixture.model_copy(update={"sources": weights | stage.mixture.sources})
-            object.__setattr__(self, name, stage.model_copy(update={"mixture": mixture}))  # settings are frozen
+
+        def weighted(mixture: StageMixture, where: str) -> StageMixture:
+            if unknown := sorted(set(mixture.sources) - names):
+                raise ValueError(f"{where}.sources names '{unknown[0]}', which is not in collect.sources")
+            return mixture.model_copy(update={"sources": weights | mixture.sources})
+
+        for name, stage in self.training.items():
+            phases = [
+                phase.model_copy(update={"mixture": weighted(phase.mixture, f"{name}.curriculum.{number}.mixture")})
+                if phase.mixture
+                else phase
+                for number, phase in enumerate(stage.curriculum)
+            ]
+            own = {"mixture": weighted(stage.mixture, f"{name}.mixture"), "curriculum": phases}
+            object.__setattr__(self, name, stage.model_copy(update=own))  # settings are frozen
         return self
 
     @model_validator(mode="after")
     def _rows_hold_every_record(self) -> "Params":
-        for name in ("stage1", "stage2"):
-            if getattr(self, name).batch.row_tokens < self.prepare.max_tokens:
+        for name, stage in self.training.items():
+            if stage.batch.row_tokens < self.prepare.max_tokens:
                 raise ValueError(f"{name}.batch.row_tokens must be at least prepare.max_tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _stage1_fits_the_model(self) -> "Params":
+        if isinstance(self.stage1, DistillationSettings):
+            if self.model.fusion != "early":
+                raise ValueError(
+                    f"stage1.objective: distillation trains a pre-decoder, which model.fusion: {self.model.fusion} has "
+                    "not; choose next_token or none"
+                )
+            return self
+        if self.model.connector == "text_head":
+            raise ValueError(
+                "model.connector: text_head is a head of the distillation, which this stage 1 is not; set it to random"
+            )
         return self
 
 

@@ -26,6 +26,15 @@ def load_strict(path: Path, kind: type[Strict]) -> Any:
     Raises:
         SettingsError: the file is missing, no YAML, or does not fit; the message names the key and the nearest one.
     """
+    return validate_settings(read_settings(path), path, kind)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A YAML file as a mapping that was not checked yet.
+
+    Raises:
+        SettingsError: the file is missing or no YAML mapping.
+    """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -36,6 +45,15 @@ def load_strict(path: Path, kind: type[Strict]) -> Any:
         raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise SettingsError(f"{path} must be a mapping of settings, found {type(data).__name__}")
+    return data
+
+
+def validate_settings(data: dict[str, Any], path: Path, kind: type[Strict]) -> Any:
+    """A mapping as a settings model; `path` is the file that an error is about.
+
+    Raises:
+        SettingsError: it does not fit; the message names the key and the nearest one.
+    """
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -60,7 +78,7 @@ def _explain(path: Path, kind: type[Strict], error: Any, data: dict) -> str:
     return f"{place}: {message[0].lower()}{message[1:]}{given}"
 
 
-TAGS = ("kind", "format")
+TAGS = ("kind", "format", "objective")
 """Fields that tell the members of a union apart."""
 
 

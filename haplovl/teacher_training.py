@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -71,10 +73,11 @@ def train_language(params: Params, data: Path, target: Path) -> tuple[PreTrained
     def loss(chosen: torch.Tensor) -> torch.Tensor:
         return model(input_ids=rows[chosen], labels=rows[chosen], use_cache=False).loss
 
-    final = _train("language teacher", model, settings, len(rows), loss, params.seed)
+    final, flops = _train("language teacher", model, settings, len(rows), loss, params.seed)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    return tokenizer, {"kind": "train", "parameters": model.num_parameters(), "final_loss": round(final, 4)}
+    size = {"parameters": model.num_parameters(), "training_flops": flops}
+    return tokenizer, {"kind": "train", **size, "final_loss": round(final, 4)}
 
 
 def _words(record: Record, template: ChatTemplate) -> str:
@@ -124,11 +127,12 @@ def train_vision(params: Params, data: Path, tokenizer: PreTrainedTokenizerBase,
             return_loss=True,
         ).loss
 
-    final = _train("vision teacher", model, settings, len(pairs), loss, params.seed, settings.group)
+    final, flops = _train("vision teacher", model, settings, len(pairs), loss, params.seed, settings.group)
     model.save_pretrained(target)
     return {
         "kind": "train",
         "parameters": model.vision_model.num_parameters(),
+        "training_flops": flops,
         "pairs": len(pairs),
         "final_loss": round(final, 4),
     }
@@ -188,16 +192,17 @@ def _train(
     loss: Callable[[torch.Tensor], torch.Tensor],
     seed: int,
     group: int = 1,
-) -> float:
+) -> tuple[float, int]:
     """AdamW with linear warm-up and cosine decay over random batches of groups of neighbours.
 
-    Returns the mean loss of the last 20 steps.
+    Returns the mean loss of the last 20 steps, and the floating-point operations of all of them as torch counts them
+    in the first one.
     """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     warmup = max(1, settings.steps // 20)
-    losses = []
+    losses, flops = [], 0
     with reporter(name, settings.steps) as report:
         for step in range(settings.steps):
             progress = min(1.0, max(0.0, (step - warmup) / max(1, settings.steps - warmup)))
@@ -205,8 +210,10 @@ def _train(
             for parameters in optimizer.param_groups:
                 parameters["lr"] = settings.learning_rate * rate
             first = torch.randperm(examples // group, generator=generator)[: settings.batch // group] * group
-            value = loss((first[:, None] + torch.arange(group)).flatten())
-            value.backward()
+            with FlopCounterMode(display=False) if step == 0 else nullcontext() as counter:
+                value = loss((first[:, None] + torch.arange(group)).flatten())
+                value.backward()
+            flops = flops or counter.get_total_flops() * settings.steps
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -215,4 +222,4 @@ def _train(
                 raise UserError(f"the {name} diverged at step {step + 1}; lower its learning_rate")
             report.update(step + 1, f"loss {losses[-1]:.3f}")
     model.eval()
-    return sum(losses[-20:]) / len(losses[-20:])
+    return sum(losses[-20:]) / len(losses[-20:]), flops

@@ -76,22 +76,39 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> PreT
 
 
 def make_processor(folder: Path, tokenizer: PreTrainedTokenizerBase, params: Params) -> HaploProcessor:
-    """The processor of the model that will inherit from the teachers in `folder`."""
+    """The processor of the model that will inherit from the teachers in `folder`; follows from `params.model`."""
     vision = vision_part(AutoConfig.from_pretrained(folder / "vision"))
     is_siglip = vision.model_type == "siglip_vision_model"
     normalise: dict[str, Any] = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3} if is_siglip else {}
     size, released = params.model.image_size, params.model.released_layout
+    if params.model.fusion == "patches":
+        normalise["tiling"] = "native"
     if released:
         points = [(rows * size, columns * size) for rows, columns in tile_shapes(params.model.max_tiles)]
         normalise |= {"tiling": "released", "image_grid_pinpoints": points}
     return HaploProcessor(
-        image_processor=HaploImageProcessor(size, vision.patch_size, params.model.max_tiles, **normalise),
+        image_processor=HaploImageProcessor(
+            size, params.model.patch_size or vision.patch_size, params.model.max_tiles, **normalise
+        ),
         tokenizer=tokenizer,
         chat_template=TEMPLATES[params.prepare.chat_template].jinja(),
         class_token=params.model.class_token,
         image_newline=params.model.image_newline,
         frame_newlines=not released,
     )
+
+
+def recipe_processor(params: Params) -> HaploProcessor:
+    """The processor of this recipe's model, with the teachers' tokenizer.
+
+    Prepared records hold one placeholder per picture, so that recipes with other models can share them and the
+    teachers: `models/teachers/processor` is that of the recipe which made both.
+
+    Raises:
+        UserError: there are no teachers yet.
+    """
+    folder = require(TEACHERS, "teachers")
+    return make_processor(folder, AutoTokenizer.from_pretrained(folder / "processor"), params)
 
 
 def load_vision(folder: Path) -> PreTrainedModel:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from haplovl.data_settings import ScenesSource
-from haplovl.settings import SettingsError, fingerprint, load_compute, load_params
+from haplovl.settings import ModelSettings, SettingsError, fingerprint, load_compute, load_params
 
 REPO = Path(__file__).resolve().parents[1]
 SHIPPED = [REPO / "params.yaml", *sorted((REPO / "params").glob("*.yaml"))]
@@ -96,6 +96,25 @@ def test_the_default_source_is_the_embedded_data_set() -> None:
         ("collect.sources.0.split", {"test": 1.0}, ["'collect.sources.0.split", "leave nothing to train on"]),
         ("collect.sources.0.split", "dev", ["'collect.sources.0.split"]),
         ("model", ..., ["'model' is missing"]),
+        (
+            "model",
+            {"fusion": "tower", "image_size": 32, "class_token": True, "text_path": "direct"},
+            ["fusion: tower does not go with class_token: True, text_path: direct"],
+        ),
+        (
+            "model",
+            {"fusion": "patches", "image_size": 32, "patch_size": 8, "max_tiles": 4, "connector": "text_head"},
+            ["fusion: patches does not go with connector: text_head, max_tiles: 4"],
+        ),
+        ("model", {"fusion": "patches", "image_size": 32}, ["fusion: patches needs patch_size"]),
+        (
+            "model",
+            {"fusion": "patches", "image_size": 36, "patch_size": 8},
+            ["image_size 36 is no multiple of patch_size 8"],
+        ),
+        ("model", {"image_size": 32, "patch_size": 8}, ["fusion: early does not go with patch_size: 8"]),
+        ("model", {"image_size": 32, "tower_layer": -1}, ["fusion: early does not go with tower_layer: -1"]),
+        ("model", {"image_size": 32, "fusion": "late"}, ["'model.fusion'", "found 'late'"]),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, key: str, value: Any, words: list[str]) -> None:
@@ -137,3 +156,14 @@ def test_fingerprint_ignores_key_order_and_sees_values() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
     params = load_params(REPO / "params.yaml")
     assert fingerprint(params) != fingerprint(params.model_copy(update={"seed": 18}))
+
+
+def test_other_fusions_bring_their_own_defaults_and_survive_a_dump() -> None:
+    tower = ModelSettings(fusion="tower", image_size=32)
+    patches = ModelSettings(fusion="patches", image_size=32, patch_size=8)
+    for settings, newline in ((tower, False), (patches, True)):
+        assert (settings.class_token, settings.image_newline) == (False, newline)
+        assert (settings.post_mask, settings.connector) == ("causal", "random")
+        assert ModelSettings(**settings.model_dump()) == settings
+    assert ModelSettings(fusion="tower", image_size=32, post_mask="mixed").post_mask == "mixed"
+    assert ModelSettings(image_size=32).post_mask == "mixed"

@@ -1,20 +1,29 @@
 """Teachers from folders: .bin files become safetensors once, without running what they hold, and whole or never."""
 
+import copy
 import json
 import os
 import pickle
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 
+from haplovl.data.loader import PackedLoader, PreparedRecords
+from haplovl.data.prepare import prepare
+from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
 from haplovl.errors import UserError
-from haplovl.files import TEACHERS, read_json
+from haplovl.files import RAW, TEACHERS, VALIDATED, read_json, sha256_of
 from haplovl.model import HaploProcessor
 from haplovl.model.inherit import inherit
-from haplovl.settings import FolderTeacher, load_params
-from haplovl.teachers import load_language, load_vision, make_teachers
+from haplovl.model.media import image_sizes
+from haplovl.records import Record, Turn
+from haplovl.settings import BatchSettings, FolderTeacher, ModelSettings, StageMixture, load_params
+from haplovl.teachers import load_language, load_vision, make_teachers, recipe_processor
+from haplovl.train.image_path import attention_to_images, patch_gradient
+from haplovl.train.objectives import InstructionTuning
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -157,3 +166,67 @@ def test_weights_that_do_not_fit_or_cannot_be_read_are_one_sentence(params, fold
     LlamaConfig().save_pretrained(folders / "clip")
     with pytest.raises(UserError, match="teachers.vision: the vision teacher is a 'llama'"):
         make_teachers(params)
+
+
+# --- the processor of a recipe --------------------------------------------------------------------------------------
+MODELS = {
+    "early": {"image_size": 32},
+    "tower": {"fusion": "tower", "image_size": 32},
+    "patches": {"fusion": "patches", "image_size": 48, "patch_size": 8},
+}
+
+
+def of_model(params, **model):
+    return params.model_copy(update={"model": ModelSettings(**model)})
+
+
+def test_the_default_recipe_has_the_processor_that_the_teachers_came_with(params, tmp_path):
+    make_teachers(params)
+    recipe_processor(params).save_pretrained(tmp_path / "again")
+    for file in sorted((TEACHERS / "processor").iterdir()):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_without_teachers_there_is_no_processor(params):
+    with pytest.raises(UserError, match="haplovl teachers"):
+        recipe_processor(params)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recipes_with_other_models_train_on_the_same_shards(params, vision, language, name):
+    """Pictures of three shapes, prepared once with the default recipe's processor."""
+    make_teachers(params)
+    (RAW / "a/media").mkdir(parents=True)
+    VALIDATED.mkdir(parents=True)
+    rows = []
+    for n in range(24):
+        height, width = ((32, 32), (20, 48), (48, 9))[n % 3]
+        path = RAW / "a/media" / f"{n}.png"
+        Image.new("RGB", (width, height), (n * 9, 10, 90)).save(path)
+        record = Record(f"r{n}", (path.name,), (Turn("<image>Where is the 3?", "top left"),), split="train")
+        rows.append(ValidatedRecord(record, (ImageFile(f"file:{path.name}", sha256_of(path), width, height),), "a"))
+    write_validated(VALIDATED, rows)
+    prepare(params)
+    recipe = of_model(params, **MODELS[name])
+    processor = recipe_processor(recipe)
+    loader = PackedLoader(
+        PreparedRecords("train", processor),
+        BatchSettings(rows=2, row_tokens=128),
+        StageMixture(),
+        1,
+        micro_batch_rows=2,
+    )
+    batch = loader.step(0)[0]
+    assert len(set(batch.image_grids)) == (3 if name == "patches" else 1)
+    ids = processor.image_token_id, len(processor.tokenizer), processor.video_token_id
+    torch.manual_seed(0)
+    model = inherit(vision, copy.deepcopy(language), recipe.model, *ids)
+    assert sum(image_sizes(model.config, batch.image_grids)) == int((batch.input_ids == ids[0]).sum())
+    objective = InstructionTuning(model)
+    loss = objective(batch)["loss"] / objective.counts(batch)["loss"]
+    assert 4 < float(loss) < 8  # random words: the logarithm of about 300
+    loss.backward()
+    assert patch_gradient(objective) > 0
+    figures = attention_to_images(model, batch)
+    assert 0 < figures["attention_even"] < 1 and 0 < figures["attention_post"] < 1
+    assert ("attention_pre" in figures) == (name == "early")

@@ -1,5 +1,6 @@
 """The whole pipeline on a small recipe: the flow in one clone, `dvc repro` in another, the same dvc.lock."""
 
+import csv
 import json
 import os
 import re
@@ -20,6 +21,7 @@ SMALL = {
     "stage2": {"steps": 4, "curriculum": [{"share": 0.6, "epochs": 1}]},
     "evaluate": {"questions_per_type": 10},
     "register": {"min_accuracy": 0.0, "min_margin": -1.0},
+    "compare": {"recipes": ["haplovl", "solo"], "samples": [], "ablations": ["connector-random"], "seeds": [17]},
 }  # fmt: skip
 STAGES = ["collect", "validate", "teachers", "prepare", "stage1", "stage2", "evaluate", "register"]
 
@@ -51,6 +53,9 @@ def clone(source: Path, target: Path) -> Path:
             section = section[int(part) if part.isdigit() else part]
         section.update(values)
     (target / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    solo = yaml.safe_load((target / "recipes/solo.yaml").read_text())
+    solo["stage1"] |= {"steps": 3, "curriculum": []}
+    (target / "recipes/solo.yaml").write_text(yaml.safe_dump(solo))
     for words in (
         ["init", "-q"],
         ["add", "-A"],
@@ -114,7 +119,8 @@ def test_an_edited_recipe_reruns_only_what_depends_on_it(flow_clone):
     path = root / "params.yaml"
     path.write_text(path.read_text().replace("min_accuracy: 0.0", "min_accuracy: 0.99"))
     done = run([sys.executable, "-m", "dvc", "status", "--json"], root)
-    assert set(json.loads(done.stdout[done.stdout.index("{") :].splitlines()[0])) == {"register"}
+    changed = set(json.loads(done.stdout[done.stdout.index("{") :].splitlines()[0]))
+    assert {name for name in changed if not name.startswith("comparison/")} == {"register"}
 
 
 def test_a_mistyped_key_stops_everything_with_its_name(flow_clone):
@@ -126,3 +132,25 @@ def test_a_mistyped_key_stops_everything_with_its_name(flow_clone):
     path.write_text(before)
     assert done.returncode == 1
     assert "unknown key 'register.min_margn'; did you mean 'min_margin'?" in done.stdout
+
+
+@pytest.mark.timeout(1200)  # two runs, each with three commands that load torch and train
+def test_the_comparison_trains_recipes_on_equal_terms_and_reports(flow_clone):
+    root = flow_clone[0]
+    command = [sys.executable, "-m", "flows.compare", "compare"]
+    done = run(command, root)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "4 stages run, 4 cached" in done.stdout  # two runs, trained and evaluated; what they stand on is there
+    with (root / "reports/comparison/runs.csv").open() as file:
+        rows = {row["recipe"]: row for row in csv.DictReader(file)}
+    spent = {name: float(row["stage1_flops"]) + float(row["stage2_flops"]) for name, row in rows.items()}
+    # Half a step of the dearer recipe is the finest that steps can divide.
+    step = max(float(row["stage2_flops"]) / int(row["stage2_steps"]) for row in rows.values())
+    assert set(spent) == {"haplovl", "solo"} and abs(spent["solo"] - spent["haplovl"]) < step
+    assert int(rows["solo"]["stage2_steps"]) > int(rows["haplovl"]["stage2_steps"])  # its steps are cheaper
+    page = (root / "reports/comparison/index.html").read_text()
+    assert "Equal compute" in page and "Not finished yet" not in page
+    again = run(command, root)
+    assert again.returncode == 0 and "0 stages run, 8 cached" in again.stdout, again.stdout[-2000:]
+    assert run(["git", "status", "--porcelain"], root).stdout.split() == ["??", "comparison/dvc.lock"]
+    assert run([sys.executable, "-m", "flows.pipeline"], root).stdout.count("8 cached") == 1  # nothing of it moved

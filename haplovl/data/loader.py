@@ -73,7 +73,7 @@ class PackedLoader:
             )
         self.records, self.batch, self.mixture, self.seed = records, batch, mixture, seed
         self.rank, self.world, self.workers = rank, world, workers
-        self._shares = [phase.share for phase in curriculum for _ in range(phase.epochs)]
+        self._first_epochs = [phase for phase in curriculum for _ in range(phase.epochs)]
         self.micro_batches = batch.rows // (micro * world)
         """Micro-batches per step and rank: the gradient accumulation steps."""
         self.micro_rows = micro
@@ -138,14 +138,17 @@ class PackedLoader:
     def _key(self) -> str:
         records, batch = self.records, self.batch
         columns = (records.kinds, records.lengths, records.images, getattr(records, "sources", ()))
-        settings = (batch.row_tokens, batch.row_images, batch.lookahead, self.mixture.model_dump(), self._shares)
+        phases = [phase.model_dump() for phase in self._first_epochs]
+        settings = (batch.row_tokens, batch.row_images, batch.lookahead, self.mixture.model_dump(), phases)
         return plan_key(columns, [self.seed, *settings])
 
     def _rows_of_epoch(self, epoch: int) -> Iterator[Row]:
         records, tokens, images = self.records, self.batch.row_tokens, self.batch.row_images
         kinds, lengths, pictures = records.kinds, records.lengths, records.images
-        allowed = shortest(lengths, self._shares[epoch]) if epoch < len(self._shares) else None
-        drawn_by = (self.mixture, tokens, self.seed, epoch, allowed)
+        phase = self._first_epochs[epoch] if epoch < len(self._first_epochs) else None
+        allowed = shortest(lengths, phase.share) if phase else None
+        mixture = phase.mixture if phase and phase.mixture else self.mixture
+        drawn_by = (mixture, tokens, self.seed, epoch, allowed)
         sources = getattr(records, "sources", None)
         documents = draw_documents(kinds, lengths, *drawn_by, pictures, images, sources)
         try:

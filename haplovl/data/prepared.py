@@ -154,7 +154,7 @@ def decoded(samples: Sequence[Sample]) -> torch.Tensor | None:
     tiles = list(accumulate((sample.tiles for sample in samples), initial=0))
     if not tiles[-1]:
         return None
-    side = samples[0].image_processor.image_size
+    side = samples[0].image_processor.tile_side
     pixels = torch.empty((tiles[-1], 3, side, side))
     for sample, start, stop in zip(samples, tiles, tiles[1:], strict=False):
         sample.decode(pixels.numpy()[start:stop])

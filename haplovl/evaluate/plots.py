@@ -62,7 +62,7 @@ def accuracy_bars(metrics: dict[str, Any]) -> str:
         axes.grid(axis="y", color=RULE, linewidth=0.7)
         axes.spines["left"].set_visible(False)
         axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def loss_curves(log: Sequence[dict[str, Any]]) -> str:
@@ -86,7 +86,7 @@ def loss_curves(log: Sequence[dict[str, Any]]) -> str:
         axes.grid(axis="y", color=RULE, linewidth=0.7)
         if parts:
             axes.legend(frameon=False)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def _label(axes: Any, place: float, height: float) -> None:
@@ -101,7 +101,7 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array([x[span].mean() for span in spans]), np.array([y[span].mean() for span in spans])
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
     """The figure as SVG without the date and the program's version."""
     FigureCanvasSVG(figure)
     buffer = io.StringIO()

@@ -66,6 +66,11 @@ def fit_cache(cache: Cache | None, config: HaploConfig) -> None:
         cache.layers.append(GrowingLayer() if growing else StaticLayer(max_cache_len=cache.get_max_length()))
 
 
+def static_size(cache: Cache | None) -> int:
+    """Key slots of a cache that does not grow; 0 for one that does."""
+    return cache.get_max_length() if isinstance(cache, StaticCache) else 0
+
+
 def remember_positions(cache: Cache, positions: torch.Tensor) -> None:
     """Keeps the rotary positions of new tokens, [2, B, L], where cropping and reordering of the cache reach them."""
     kept = positions.float().transpose(0, 1)[..., None]  # as keys of two heads of one number

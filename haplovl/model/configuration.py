@@ -60,6 +60,9 @@ class HaploPreDecoderConfig(HaploDecoderConfig):
 
     `patch_grid` is the side, in patches, of the learned position table. `rotary_increment` is the rotary step between
     the tokens of one image (0: all tokens of an image share one position; 1: sequential).
+
+    Where there is no pre-decoder (see HaploConfig.fusion) it has no layers, and describes the image blocks alone: the
+    width of their tokens, patches, class and newline tokens. `patch_grid` 0 means no position table.
     """
 
     model_type = "haplovl_pre_decoder"
@@ -89,9 +92,17 @@ class HaploPreDecoderConfig(HaploDecoderConfig):
         super().__init__(**kwargs)
 
 
+FUSIONS = ("early", "tower", "patches")
+TEXT_PATHS = ("connector", "residual", "direct")
+
+
 class HaploConfig(PretrainedConfig):
     """Configuration of HaploForConditionalGeneration.
 
+    `fusion`: `early` is HaploVL, with patches and text together in a pre-decoder. `tower` is LLaVA's: pictures go
+    through the vision transformer of `vision_config` and a two-layer MLP into the language model. `patches` is SOLO's:
+    they go there through one linear layer. `text_path` is how text leaves the pre-decoder (early only): through the
+    `connector`, that plus the word's own embedding (`residual`), or as that embedding (`direct`).
     `text_config` is any transformers causal language model's configuration; the model uses that model's own class.
     `image_token_id` and `video_token_id` mark every position of the sequence that a token of an image or of a video
     fills. `text_projection` off means text embeddings of the pre-decoder's own width (the released layout).
@@ -101,7 +112,7 @@ class HaploConfig(PretrainedConfig):
     """
 
     model_type = "haplovl"
-    sub_configs = {"pre_config": HaploPreDecoderConfig, "text_config": AutoConfig}
+    sub_configs = {"pre_config": HaploPreDecoderConfig, "text_config": AutoConfig, "vision_config": AutoConfig}
 
     def __init__(
         self,
@@ -115,6 +126,9 @@ class HaploConfig(PretrainedConfig):
         text_projection: bool = True,
         connector_bias: bool = True,
         frame_newlines: bool = True,
+        fusion: Literal["early", "tower", "patches"] = "early",
+        text_path: Literal["connector", "residual", "direct"] = "connector",
+        vision_config: dict | PretrainedConfig | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -123,6 +137,11 @@ class HaploConfig(PretrainedConfig):
         if isinstance(pre_config, dict):
             pre_config = HaploPreDecoderConfig(**pre_config)
         self.pre_config = pre_config if pre_config is not None else HaploPreDecoderConfig()
+        if isinstance(vision_config, dict):
+            vision_config = AutoConfig.for_model(**vision_config)
+        self.vision_config = vision_config
+        self.fusion, self.text_path = fusion, text_path
+        self._check_fusion(text_projection)
         self.image_token_id = image_token_id
         self.video_token_id = video_token_id
         self.image_size = image_size
@@ -142,6 +161,25 @@ class HaploConfig(PretrainedConfig):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
         super().__init__(**kwargs)
+
+    def _check_fusion(self, text_projection: bool) -> None:
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"fusion is '{self.fusion}'; expected one of {', '.join(FUSIONS)}")
+        if self.text_path not in TEXT_PATHS:
+            raise ValueError(f"text_path is '{self.text_path}'; expected one of {', '.join(TEXT_PATHS)}")
+        if (self.fusion == "tower") != (self.vision_config is not None):
+            raise ValueError("a vision_config and fusion 'tower' need each other")
+        if not text_projection and (self.fusion, self.text_path) != ("early", "connector"):
+            raise ValueError(
+                "text embeddings of the pre-decoder's width (text_projection off) need fusion 'early' and text_path "
+                "'connector': there are none of the language model's width"
+            )
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As PretrainedConfig.to_diff_dict; the files of early fusion say nothing of what only the others have."""
+        data = super().to_diff_dict()
+        usual = {"fusion": "early", "text_path": "connector", "vision_config": None}
+        return {name: value for name, value in data.items() if name not in usual or value != usual[name]}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "HaploConfig":

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from haplovl.model.configuration import HaploPreDecoderConfig
-from haplovl.model.layout import ImageGrid, single_tile
+from haplovl.model.layout import ImageGrid
 
 
 def resize_position_grid(table: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -28,23 +28,39 @@ def merge_tiles(tiles: torch.Tensor, grid: ImageGrid) -> torch.Tensor:
 
     Shapes: tiles [T, rows, columns, H] (row by row) → [out_rows, out_columns, H].
     """
+    return _merge(tiles, grid)[0]
+
+
+def merge_pictures(tiles: torch.Tensor, grids: Sequence[ImageGrid]) -> list[torch.Tensor]:
+    """The patches of every picture from all tiles: [tiles, rows, columns, H] → [N, out_rows, out_columns, H] each.
+
+    Pictures laid out alike come together, in one go; else each comes alone, with N = 1.
+    """
+    if len({*grids}) == 1:
+        return [_merge(tiles, grids[0])]
+    parts = tiles.split([grid.tiles for grid in grids])
+    return [_merge(part, grid) for part, grid in zip(parts, grids, strict=True)]
+
+
+def _merge(tiles: torch.Tensor, grid: ImageGrid) -> torch.Tensor:
+    """Tiles of N pictures of one grid: [N·T, rows, columns, H] → [N, out_rows, out_columns, H]."""
     _, rows, columns, width = tiles.shape
-    whole = tiles.view(grid.tile_rows, grid.tile_columns, rows, columns, width).permute(0, 2, 1, 3, 4)
-    whole = whole.reshape(grid.tile_rows * rows, grid.tile_columns * columns, width)
-    kept = whole[grid.top : grid.top + grid.rows, grid.left : grid.left + grid.columns]
+    whole = tiles.unflatten(0, (-1, grid.tile_rows, grid.tile_columns)).permute(0, 1, 3, 2, 4, 5)
+    whole = whole.reshape(-1, grid.tile_rows * rows, grid.tile_columns * columns, width)
+    kept = whole[:, grid.top : grid.top + grid.rows, grid.left : grid.left + grid.columns]
     size = (grid.out_rows, grid.out_columns)
     if size == (grid.rows, grid.columns):
         return kept
     # In float32, as interpolation in half precision loses what the patches differ by.
-    shrunk = functional.interpolate(kept.permute(2, 0, 1)[None].float(), size=size, mode="bilinear")
-    return shrunk[0].permute(1, 2, 0).to(tiles.dtype)
+    shrunk = functional.interpolate(kept.permute(0, 3, 1, 2).float(), size=size, mode="bilinear")
+    return shrunk.permute(0, 2, 3, 1).to(tiles.dtype)
 
 
 class HaploImageEmbedding(nn.Module):
     """Turns pictures into the tokens of their image blocks.
 
     Order inside a block: a class token per tile (if any), then the rows of patches, each ended by a newline token (if
-    any).
+    any). Without a position table (`patch_grid` 0) the rotary positions alone tell patches apart.
     """
 
     def __init__(self, config: HaploPreDecoderConfig) -> None:
@@ -52,7 +68,7 @@ class HaploImageEmbedding(nn.Module):
         self.config = config
         width = config.hidden_size
         self.patch = nn.Linear(config.num_channels * config.patch_size**2, width, bias=config.patch_bias)
-        self.position = nn.Parameter(torch.zeros(config.patch_grid**2, width))
+        self.position = nn.Parameter(torch.zeros(config.patch_grid**2, width)) if config.patch_grid else None
         self.class_token = nn.Parameter(torch.zeros(width)) if config.class_token else None
         self.class_position = nn.Parameter(torch.zeros(width)) if config.class_token else None
         self.newline = nn.Parameter(torch.zeros(width)) if config.image_newline else None
@@ -67,27 +83,24 @@ class HaploImageEmbedding(nn.Module):
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
     def embed_tiles(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Patches with their positions: [T, C, H, W] → [T, rows, columns, pre-decoder width]."""
-        patches = self.patches(pixel_values.to(self.position.dtype))
+        """Patches with their positions: [T, C, H, W] → [T, rows, columns, width]."""
+        patches = self.patches(pixel_values.to(self.patch.weight.dtype))
         _, rows, columns, _ = patches.shape
+        if self.position is None:
+            return self.patch(patches)
         return self.patch(patches) + resize_position_grid(self.position, rows, columns).reshape(rows, columns, -1)
 
     def forward(self, pixel_values: torch.Tensor, grids: Sequence[ImageGrid], newlines: bool = True) -> torch.Tensor:
         """The tokens of all pictures, one after the other.
 
         Shapes: pixel_values [T, C, H, W], the tiles of the first picture, of the second …; one grid per picture →
-        [tokens, pre-decoder width]. `newlines` off leaves the newline tokens out (frames of released checkpoints).
+        [tokens, width]. `newlines` off leaves the newline tokens out (frames of released checkpoints).
         """
-        tiles = self.embed_tiles(pixel_values)
+        merged = merge_pictures(self.embed_tiles(pixel_values), grids)
         newline = self.newline if newlines else None
-        if {*grids} == {single_tile(*tiles.shape[1:3])}:
-            return self._blocks(tiles, 1, newline).flatten(0, 1)  # all alike: in one go
-        parts = tiles.split([grid.tiles for grid in grids])
-        blocks = [
-            self._blocks(merge_tiles(part, grid)[None], grid.tiles, newline)[0]
-            for part, grid in zip(parts, grids, strict=True)
-        ]
-        return torch.cat(blocks)
+        # Fewer parts than grids: pictures that are laid out alike.
+        blocks = [self._blocks(part, grid.tiles, newline) for part, grid in zip(merged, grids, strict=False)]
+        return torch.cat([block.flatten(0, 1) for block in blocks])
 
     def _blocks(self, patches: torch.Tensor, tiles: int, newline: torch.Tensor | None) -> torch.Tensor:
         """[N, rows, columns, H] → [N, tokens, H]."""
@@ -101,9 +114,14 @@ class HaploImageEmbedding(nn.Module):
         return tokens
 
     def blank(self, like: torch.Tensor) -> torch.Tensor:
-        """The tokens of one blank patch, on the device of `like`: they let a batch of text alone use every weight."""
-        size = self.config.patch_size
-        return self(like.new_zeros(1, self.config.num_channels, size, size), [single_tile(1, 1)])
+        """The tokens of one blank patch, on the device of `like`: they let a batch of text alone use every weight.
+
+        Its position is the mean of all: the gradient of an interpolated one is not deterministic on a GPU.
+        """
+        patch = self.patch(like.new_zeros(1, 1, 1, self.patch.in_features).to(self.patch.weight.dtype))
+        if self.position is not None:
+            patch = patch + self.position.mean(dim=0)
+        return self._blocks(patch, 1, self.newline)[0]
 
     def is_patch(self, grids: Sequence[ImageGrid]) -> torch.Tensor:
         """Which tokens of the pictures are patches: class and newline tokens are not. [tokens] bool."""

@@ -66,7 +66,10 @@ def export_released(source: Path, target: Path) -> str:
 def unsupported(config: HaploConfig) -> list[str]:
     """What of a model the released layout cannot hold, in words that name the setting."""
     pre = config.pre_config
+    if config.fusion != "early":
+        return [f"a model without a pre-decoder (fusion '{config.fusion}')"]
     found = [
+        (config.text_path != "connector", f"text that bypasses the connector (text_path '{config.text_path}')"),
         (pre.class_token, "a class token (pre_config.class_token)"),
         (not pre.image_newline, "images without newline tokens (pre_config.image_newline)"),
         (not pre.pre_layernorm, "a pre-decoder without a norm before it (pre_config.pre_layernorm)"),

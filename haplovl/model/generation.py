@@ -14,7 +14,7 @@ from haplovl.model.layout import single_tile
 from haplovl.model.media import image_sizes, media_masks, number_media, read_grids, video_sizes
 
 MEDIA_INPUTS = ("pixel_values", "image_grids", "pixel_values_videos", "video_frames")
-SEQUENCE_FIELDS = ("image_token_id", "video_token_id", "image_size", "frame_newlines")
+SEQUENCE_FIELDS = ("fusion", "image_token_id", "video_token_id", "image_size", "frame_newlines")
 BLOCK_FIELDS = ("patch_size", "num_channels", "class_token", "image_newline")
 
 logger = logging.get_logger(__name__)

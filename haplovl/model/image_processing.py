@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import logging
 
-from haplovl.model.layout import ImageGrid, Placement, place, place_as_released
+from haplovl.model.layout import ImageGrid, Placement, place, place_as_released, place_native
 from haplovl.pictures import MAX_PIXELS, ImageError, as_picture
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -23,9 +23,10 @@ class HaploImageProcessor(BaseImageProcessor):
     """Lays pictures out in square tiles of `image_size` pixels, as haplovl.model.layout says.
 
     `max_tiles` 1 gives every picture one tile, padded to a square with the mean colour; more tiles show larger
-    pictures in detail (any resolution). `tiling` "released" repeats what released checkpoints were trained with, by
-    `image_grid_pinpoints` (heights and widths in pixels): black and uneven padding, transparency ignored, frames
-    stretched.
+    pictures in detail (any resolution). `tiling` "native" keeps size and shape of a picture, up to `image_size` pixels
+    along its long side, and gives every patch a tile of its own (frames of videos are padded to a square as usual).
+    "released" repeats what released checkpoints were trained with, by `image_grid_pinpoints` (heights and widths in
+    pixels): black and uneven padding, transparency ignored, frames stretched.
     """
 
     model_input_names = ["pixel_values", "image_grids", "pixel_values_videos", "video_frames"]
@@ -37,14 +38,14 @@ class HaploImageProcessor(BaseImageProcessor):
         max_tiles: int = 1,
         image_mean: Sequence[float] = CLIP_MEAN,
         image_std: Sequence[float] = CLIP_STD,
-        tiling: Literal["haplovl", "released"] = "haplovl",
+        tiling: Literal["haplovl", "native", "released"] = "haplovl",
         image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
         max_pixels: int = MAX_PIXELS,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if tiling not in ("haplovl", "released"):
-            raise ValueError(f"tiling is '{tiling}'; expected 'haplovl' or 'released'")
+        if tiling not in ("haplovl", "native", "released"):
+            raise ValueError(f"tiling is '{tiling}'; expected 'haplovl', 'native' or 'released'")
         self.image_size = image_size
         self.patch_size = patch_size
         self.max_tiles = max_tiles
@@ -73,6 +74,8 @@ class HaploImageProcessor(BaseImageProcessor):
         """
         if self.tiling == "haplovl":
             return place(height, width, self.image_size, self.patch_size, self.max_tiles)
+        if self.tiling == "native":
+            return place_native(height, width, self.image_size, self.patch_size)
         if placed := self._place_as_released(height, width):
             return placed
         # No token would be left: shrunk until one row of patches is, which fits any arrangement of tiles.
@@ -89,6 +92,8 @@ class HaploImageProcessor(BaseImageProcessor):
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """A picture or a list of pictures → pixel_values [N, T, 3, s, s] float32 and image_grids [N, 8].
 
+        s is the side of a tile: image_size, or patch_size with the tiling "native".
+
         Pictures with fewer than T tiles are filled up with zeros. Anything that `as_picture` takes is a picture.
 
         Raises:
@@ -104,7 +109,7 @@ class HaploImageProcessor(BaseImageProcessor):
             except ImageError as error:
                 raise ImageError(f"image {number + 1} of {len(pictures)}: {error}") from None
         most = max(grid.tiles for _, grid in laid_out)
-        pixels = np.zeros((len(laid_out), most, 3, self.image_size, self.image_size), dtype=np.float32)
+        pixels = np.zeros((len(laid_out), most, 3, self.tile_side, self.tile_side), dtype=np.float32)
         for tiles, (canvas, grid) in zip(pixels, laid_out, strict=True):
             self._cut(canvas, grid, tiles[: grid.tiles])
         grids = np.array([grid.to_list() for _, grid in laid_out])
@@ -152,7 +157,7 @@ class HaploImageProcessor(BaseImageProcessor):
                 raise ImageError(f"video {number + 1} of {len(videos)} has no frames")
             for i, frame in enumerate(video):
                 try:
-                    self._normalise(self._frame(self._rgb(frame)), pixels[number, i])
+                    self._normalise(self._whole_tile(self._frame(self._rgb(frame))), pixels[number, i])
                 except ImageError as error:
                     raise ImageError(f"video {number + 1} of {len(videos)}, frame {i + 1}: {error}") from None
         counts = np.array([len(video) for video in videos])
@@ -169,15 +174,24 @@ class HaploImageProcessor(BaseImageProcessor):
                 f"a picture of {picture.width}x{picture.height} pixels is too long and narrow for the model; it was "
                 f"shrunk to {placed.size[1]}x{placed.size[0]}, an aspect ratio that is allowed"
             )
+        if self.tiling == "native":
+            return picture.resize(placed.size[::-1], Image.Resampling.BICUBIC), placed.grid
         return self._paste(picture, placed), placed.grid
 
     def _cut(self, canvas: Image.Image, grid: ImageGrid, tiles: np.ndarray) -> None:
         """Cuts the canvas into its tiles, row by row, and writes their pixels into `tiles` [T, 3, s, s]."""
-        side = self.image_size
+        side = self.tile_side
+        if self.tiling == "native":  # tiles of a patch, hundreds of them: all at once
+            planes = np.empty((3, canvas.height, canvas.width), dtype=np.float32)
+            self._normalise(canvas, planes)
+            cut = planes.reshape(3, grid.tile_rows, side, grid.tile_columns, side).transpose(1, 3, 0, 2, 4)
+            tiles.reshape(cut.shape)[...] = cut
+            return
         for number, pixels in enumerate(tiles):
             top, left = number // grid.tile_columns * side, number % grid.tile_columns * side
             box = (left, top, min(left + side, canvas.width), min(top + side, canvas.height))
-            self._normalise(canvas if box == (0, 0, *canvas.size) else canvas.crop(box), pixels)
+            tile = canvas if box == (0, 0, *canvas.size) else canvas.crop(box)
+            self._normalise(self._whole_tile(tile), pixels)
 
     def _paste(self, picture: Image.Image, placed: Placement) -> Image.Image:
         """The picture, resized, on a canvas of whole tiles."""
@@ -198,7 +212,7 @@ class HaploImageProcessor(BaseImageProcessor):
 
     def _frame(self, picture: Image.Image) -> Image.Image:
         """One frame on the canvas of its one tile."""
-        if self.tiling != "haplovl":
+        if self.tiling == "released":
             return picture
         return self._paste(picture, place(picture.height, picture.width, self.image_size, self.patch_size, max_tiles=1))
 
@@ -208,11 +222,19 @@ class HaploImageProcessor(BaseImageProcessor):
         red, green, blue = (round(255 * mean) for mean in self.image_mean)
         return red, green, blue
 
-    def _normalise(self, tile: Image.Image, pixels: np.ndarray) -> None:
-        """Writes the pixels of one tile into `pixels` [3, s, s], a plane at a time: it stays in the cache."""
-        if tile.size != (self.image_size, self.image_size):
-            tile = tile.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        for plane, channel, mean, std in zip(pixels, tile.split(), self.image_mean, self.image_std, strict=True):
+    @property
+    def tile_side(self) -> int:
+        """Pixels along a side of a picture's tile."""
+        return self.patch_size if self.tiling == "native" else self.image_size
+
+    def _whole_tile(self, tile: Image.Image) -> Image.Image:
+        """A tile of image_size pixels, stretched where it has others."""
+        size = (self.image_size, self.image_size)
+        return tile if tile.size == size else tile.resize(size, Image.Resampling.BICUBIC)
+
+    def _normalise(self, picture: Image.Image, pixels: np.ndarray) -> None:
+        """Writes the pixels of a picture into `pixels` [3, H, W], a plane at a time: it stays in the cache."""
+        for plane, channel, mean, std in zip(pixels, picture.split(), self.image_mean, self.image_std, strict=True):
             np.divide(np.asarray(channel), np.float32(255), out=plane, dtype=np.float32)
             plane -= np.float32(mean)
             plane /= np.float32(std)

@@ -1,4 +1,4 @@
-"""Builds a HaploVL model from a vision teacher (CLIP, SigLIP) and a causal language model, weight by weight."""
+"""Builds a model from a vision teacher (CLIP, SigLIP) and a causal language model, weight by weight."""
 
 import copy
 from typing import Any
@@ -42,13 +42,35 @@ def build_config(
         ValueError: the settings do not fit the teachers.
     """
     vision = vision_part(vision)
+    config = HaploConfig(
+        pre_config=_BLOCKS[settings.fusion](vision, text, settings),
+        text_config=copy.deepcopy(text),  # the teacher's own stays as it is
+        image_token_id=image_token_id,
+        video_token_id=video_token_id,
+        image_size=settings.image_size,
+        post_rotary_increment=settings.post_rotary_increment,
+        post_mask=settings.post_mask,
+        connector_bias=not settings.released_layout,
+        frame_newlines=not settings.released_layout,
+        fusion=settings.fusion,
+        text_path=settings.text_path,
+        vision_config=_tower_config(vision, settings) if settings.fusion == "tower" else None,
+    )
+    _ = config.tokens_per_image  # refuses an image size that is no multiple of the patch size
+    return config
+
+
+def _pre_decoder_config(
+    vision: PretrainedConfig, _: PretrainedConfig, settings: ModelSettings
+) -> HaploPreDecoderConfig:
+    """A pre-decoder that inherits from the vision teacher, and its image embedding."""
     is_clip = vision.model_type == "clip_vision_model"
     if settings.class_token and not is_clip:
         raise ValueError("model.class_token is on, but a SigLIP teacher has no class token")
     layers = settings.pre_decoder_layers or vision.num_hidden_layers
     if layers > vision.num_hidden_layers:
         raise ValueError(f"model.pre_decoder_layers is {layers}, but the vision teacher has {vision.num_hidden_layers}")
-    pre = HaploPreDecoderConfig(
+    return HaploPreDecoderConfig(
         hidden_size=vision.hidden_size,
         intermediate_size=vision.intermediate_size,
         num_hidden_layers=layers,
@@ -67,19 +89,59 @@ def build_config(
         # For what no teacher has; the usual 0.02 suits widths of thousands only.
         initializer_range=vision.hidden_size**-0.5,
     )
-    config = HaploConfig(
-        pre_config=pre,
-        text_config=copy.deepcopy(text),  # the teacher's own stays as it is
-        image_token_id=image_token_id,
-        video_token_id=video_token_id,
-        image_size=settings.image_size,
-        post_rotary_increment=settings.post_rotary_increment,
-        post_mask=settings.post_mask,
-        connector_bias=not settings.released_layout,
-        frame_newlines=not settings.released_layout,
+
+
+def _tower_blocks(vision: PretrainedConfig, _: PretrainedConfig, settings: ModelSettings) -> HaploPreDecoderConfig:
+    """The image blocks of a tower: its patches and nothing else."""
+    return HaploPreDecoderConfig(
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        num_hidden_layers=0,
+        num_attention_heads=vision.num_attention_heads,
+        rotary_increment=1.0,
+        patch_size=vision.patch_size,
+        num_channels=vision.num_channels,
+        patch_grid=settings.image_size // vision.patch_size,
+        class_token=False,
+        image_newline=False,
     )
-    _ = config.tokens_per_image  # refuses an image size that is no multiple of the patch size
-    return config
+
+
+def _patch_blocks(vision: PretrainedConfig, text: PretrainedConfig, settings: ModelSettings) -> HaploPreDecoderConfig:
+    """Raw patches as the language model's own tokens, their rows ended by newlines."""
+    return HaploPreDecoderConfig(
+        hidden_size=text.hidden_size,
+        intermediate_size=0,
+        num_hidden_layers=0,
+        num_attention_heads=1,
+        rotary_increment=1.0,
+        patch_size=settings.patch_size,
+        num_channels=vision.num_channels,
+        patch_grid=0,
+        class_token=False,
+        image_newline=settings.image_newline,
+        # The newline is one more word.
+        initializer_range=getattr(text, "initializer_range", 0.02),
+    )
+
+
+_BLOCKS = {"early": _pre_decoder_config, "tower": _tower_blocks, "patches": _patch_blocks}
+
+
+def _tower_config(vision: PretrainedConfig, settings: ModelSettings) -> PretrainedConfig:
+    """The vision teacher's configuration up to the layer that is used, for pictures of the model's size."""
+    states = vision.num_hidden_layers + 1  # the embeddings are hidden state 0
+    if not -states <= settings.tower_layer < states:
+        raise ValueError(
+            f"model.tower_layer is {settings.tower_layer}, but the vision teacher has the hidden states "
+            f"{-states} to {states - 1}"
+        )
+    tower = copy.deepcopy(vision)
+    tower.num_hidden_layers = settings.tower_layer % states
+    tower.image_size = settings.image_size
+    if hasattr(tower, "vision_use_head"):
+        tower.vision_use_head = False
+    return tower
 
 
 def inherit(
@@ -103,7 +165,9 @@ def inherit(
     config = build_config(vision.config, language.config, settings, image_token_id, video_token_id)
     model = HaploForConditionalGeneration(config).to(language.dtype)
     inherit_language(model, language)
-    if settings.pre_decoder == "inherit":
+    if settings.fusion == "tower":
+        inherit_tower(model, vision)
+    elif settings.fusion == "early" and settings.pre_decoder == "inherit":
         inherit_vision(model, vision)
     return model
 
@@ -150,6 +214,17 @@ def inherit_vision(model: HaploForConditionalGeneration, vision: PreTrainedModel
         ours.fc2.load_state_dict(theirs.mlp.fc2.state_dict())
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             getattr(ours.self_attn, name).load_state_dict(getattr(theirs.self_attn, name).state_dict())
+
+
+@torch.no_grad()
+def inherit_tower(model: HaploForConditionalGeneration, vision: PreTrainedModel) -> None:
+    """Copies the vision teacher into the tower; its position table is interpolated to the model's grid."""
+    ours, theirs = model.model.tower.vision_model, getattr(vision, "vision_model", vision)
+    state = {name: value for name, value in theirs.state_dict().items() if name in ours.state_dict()}
+    name, side = "embeddings.position_embedding.weight", model.config.pre_config.patch_grid
+    extra = int(hasattr(theirs.embeddings, "class_embedding"))
+    positions = resize_position_grid(state[name][extra:], side, side)
+    ours.load_state_dict(state | {name: torch.cat([state[name][:extra], positions])})
 
 
 def _inherit_embedding(ours: HaploImageEmbedding, theirs: Any) -> None:

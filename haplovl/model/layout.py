@@ -100,6 +100,23 @@ def place(height: int, width: int, tile: int, patch: int, max_tiles: int) -> Pla
     return Placement(grid, size, (top * patch, left * patch), shrunk)
 
 
+def place_native(height: int, width: int, longest: int, patch: int) -> Placement:
+    """The layout of raw patches (fusion "patches"): the picture's own size and shape, in whole patches.
+
+    As SOLO (arXiv 2407.06438) does it: the long side is rounded up to whole patches, or cut to `longest`; the short
+    side follows by the aspect ratio, rounded up likewise; the picture is stretched to fill both. Nothing is padded.
+    Every patch is a tile of its own, so that pictures of all sizes fit into one batch.
+    """
+    long, short = max(height, width), min(height, width)
+    most = patches_per_side(longest, patch)
+    along = min(math.ceil(long / patch), most)
+    exact = along * patch * short // long
+    across = max(1, math.ceil(exact / patch))
+    rows, columns = (along, across) if height >= width else (across, along)
+    grid = ImageGrid(rows, columns, 0, 0, rows, columns, rows, columns)
+    return Placement(grid, (rows * patch, columns * patch), (0, 0), exact < 1)
+
+
 def place_as_released(
     height: int, width: int, tile: int, patch: int, pinpoints: Sequence[Sequence[int]], max_tiles: int
 ) -> Placement | None:

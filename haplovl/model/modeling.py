@@ -1,7 +1,6 @@
-"""HaploVL as a transformers model: early fusion of raw image patches and text in one transformer."""
+"""HaploVL as a transformers model: early fusion of image patches and text; and the two designs it is compared with."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,42 +9,19 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.modeling_outputs import ModelOutput
+from transformers.cache_utils import Cache, DynamicCache
 
 from haplovl.model.attention import MixedMask, exact_kernels, keep_exact_kernels, rotary_positions
-from haplovl.model.cache import fit_cache, next_positions, remember_positions
+from haplovl.model.cache import fit_cache, next_positions, remember_positions, static_size
 from haplovl.model.configuration import HaploConfig
 from haplovl.model.decoder import HaploDecoderModel, HaploPreDecoder
 from haplovl.model.embedding import HaploImageEmbedding
 from haplovl.model.generation import HaploGenerationMixin, length_limits
+from haplovl.model.layout import ImageGrid
 from haplovl.model.loading import StrictLoading
 from haplovl.model.media import Media
-
-
-@dataclass
-class HaploModelOutput(ModelOutput):
-    """Hidden states of the post-decoder [B, L, H], the filled cache, and on request the states between the layers.
-
-    `pre_hidden_states`: the input of every pre-decoder layer and the last one's output before the final norm.
-    `hidden_states`: the language model's own, the last one after its final norm.
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    pre_hidden_states: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class HaploCausalLMOutput(ModelOutput):
-    """Loss (mean over supervised tokens), logits [B, kept, V], and as HaploModelOutput."""
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    pre_hidden_states: tuple[torch.Tensor, ...] | None = None
+from haplovl.model.outputs import HaploCausalLMOutput, HaploModelOutput
+from haplovl.model.tower import HaploProjector, HaploTower
 
 
 class HaploPreTrainedModel(StrictLoading, PreTrainedModel):
@@ -94,20 +70,29 @@ class HaploPreTrainedModel(StrictLoading, PreTrainedModel):
 
 
 class HaploModel(HaploPreTrainedModel):
-    """Embeddings, pre-decoder, connector and the language model without its head."""
+    """Embeddings, pre-decoder, connector and the language model without its head.
+
+    Parts that a fusion does not have are None: `tower` in all but the tower's, `image_embedding` there;
+    `text_projection` and `pre_decoder` in all but early fusion, `connector` with raw patches.
+    """
 
     def __init__(self, config: HaploConfig) -> None:
         super().__init__(config)
         pre, text = config.pre_config, config.text_config
         # The language model keeps cache layers 0…N−1 of its own, the pre-decoder takes those after them.
         self.language_model = AutoModel.from_config(text)
-        self.image_embedding = HaploImageEmbedding(pre)
-        if config.text_projection:
-            self.text_projection = nn.Linear(text.hidden_size, pre.hidden_size)
-        else:
-            self.text_embedding = nn.Embedding(text.vocab_size, pre.hidden_size, padding_idx=text.pad_token_id)
-        self.pre_decoder = HaploPreDecoder(pre, first_cache_index=text.num_hidden_layers)
-        self.connector = nn.Linear(pre.hidden_size, text.hidden_size, bias=config.connector_bias)
+        self.tower = HaploTower(config.vision_config) if config.fusion == "tower" else None
+        self.image_embedding = HaploImageEmbedding(pre) if self.tower is None else None
+        self.text_projection = self.text_embedding = self.pre_decoder = self.connector = None
+        if config.fusion == "early":
+            if config.text_projection:
+                self.text_projection = nn.Linear(text.hidden_size, pre.hidden_size)
+            else:
+                self.text_embedding = nn.Embedding(text.vocab_size, pre.hidden_size, padding_idx=text.pad_token_id)
+            self.pre_decoder = HaploPreDecoder(pre, first_cache_index=text.num_hidden_layers)
+            self.connector = nn.Linear(pre.hidden_size, text.hidden_size, bias=config.connector_bias)
+        elif self.tower is not None:
+            self.connector = HaploProjector(pre.hidden_size, text.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -120,27 +105,39 @@ class HaploModel(HaploPreTrainedModel):
             self.text_embedding = value
 
     def embed(self, input_ids: torch.Tensor, media: Media) -> torch.Tensor:
-        """Puts text and image tokens into one sequence of the pre-decoder's width: [B, L] → [B, L, pre width]."""
-        if media.blocks is not None:
-            input_ids = input_ids.masked_fill(media.blocks >= 0, 0)
-        x = self.get_input_embeddings()(input_ids)
-        if self.config.text_projection:
+        """Puts text and image tokens into one sequence: [B, L] → [B, L, width].
+
+        The width is the pre-decoder's, or the language model's where there is none.
+        """
+        x = self._words(input_ids, media)
+        if self.text_projection is not None:
             x = self.text_projection(x.to(self.text_projection.weight.dtype))
         if media.images is not None:
-            x = x.masked_scatter(media.is_image[..., None], self._image_tokens(media).to(x.dtype))
+            x = x.masked_scatter(media.is_image[..., None], self._tokens(media.images, media.image_grids).to(x.dtype))
         elif media.videos is None and (self.training or _is_distributed()):
             # Processes that share the weights (ZeRO 3) or their gradients must use all of them in every step.
-            x = x + 0.0 * self.image_embedding.blank(x).sum()
+            x = x + 0.0 * self._blank_tokens(x).sum()
         if media.videos is not None:
             x = x.masked_scatter(media.is_video[..., None], self._video_tokens(media).to(x.dtype))
         return x
 
-    def _image_tokens(self, media: Media) -> torch.Tensor:
-        return self.image_embedding(media.images, media.image_grids)
+    def _words(self, input_ids: torch.Tensor, media: Media) -> torch.Tensor:
+        """Embeddings of the words; what stands at the placeholders means nothing."""
+        if media.blocks is not None:
+            input_ids = input_ids.masked_fill(media.blocks >= 0, 0)
+        return self.get_input_embeddings()(input_ids)
+
+    def _tokens(self, pixels: torch.Tensor, grids: Sequence[ImageGrid], newlines: bool = True) -> torch.Tensor:
+        if self.tower is not None:
+            return self.connector(self.tower(pixels, grids))
+        return self.image_embedding(pixels, grids, newlines)
+
+    def _blank_tokens(self, like: torch.Tensor) -> torch.Tensor:
+        return self.image_embedding.blank(like) if self.tower is None else self.connector(self.tower.blank(like))
 
     def _video_tokens(self, media: Media) -> torch.Tensor:
         frames = sum(media.video_frames)
-        tokens = self.image_embedding(media.videos, [media.frame_grid] * frames, self.config.frame_newlines)
+        tokens = self._tokens(media.videos, [media.frame_grid] * frames, self.config.frame_newlines)
         if self.config.frame_newlines or self.image_embedding.newline is None:
             return tokens
         end = self.image_embedding.newline[None]
@@ -156,7 +153,13 @@ class HaploModel(HaploPreTrainedModel):
         image_grids: torch.Tensor | None = None,
         all_hidden_states: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Embeddings through the pre-decoder, without the language model: what stage 1 trains. → [B, L, pre width]."""
+        """Embeddings through the pre-decoder, without the language model: what stage 1 trains. → [B, L, pre width].
+
+        Raises:
+            ValueError: the model has no pre-decoder.
+        """
+        if self.pre_decoder is None:
+            raise ValueError(f"a model with fusion '{self.config.fusion}' has no pre-decoder")
         media = Media.of(self.config, input_ids, pixel_values, image_grids)
         increment = self.config.pre_config.rotary_increment
         positions = rotary_positions(media.blocks_or_text(input_ids), increment, document_ids=document_ids)
@@ -229,7 +232,7 @@ class HaploModel(HaploPreTrainedModel):
                 position_ids = position_ids + following[..., None]
         mask = MixedMask(
             *input_ids.shape, input_ids.device, media.blocks, attention_mask, document_ids, past,
-            keys=_static_size(past_key_values),
+            keys=static_size(past_key_values),
         )  # fmt: skip
         pre_states: list[torch.Tensor] | None = [] if output_hidden_states else None
         x = self._pre_forward(input_ids, media, position_ids[0], mask, past_key_values, pre_states)
@@ -249,14 +252,26 @@ class HaploModel(HaploPreTrainedModel):
         cache: Cache | None,
         states: list[torch.Tensor] | None,
     ) -> torch.Tensor:
+        """What the language model reads: [B, L] → [B, L, its width]."""
         backend = self._pre_backend()
         # Both backends are asked before anything is computed.
-        mask.check(backend)
+        if self.pre_decoder is not None:
+            mask.check(backend)
         self._post_mask(mask).check(self.config.text_config._attn_implementation)
         x = self.embed(input_ids, media)
+        if self.pre_decoder is None:
+            return x
         served, options = mask.for_backend(backend, x.dtype)
         with exact_kernels(mask, backend):
-            return self.connector(self.pre_decoder(x, positions, served, backend, cache, options, states))
+            x = self.connector(self.pre_decoder(x, positions, served, backend, cache, options, states))
+        return x if self.config.text_path == "connector" else self._with_words(x, input_ids, media)
+
+    def _with_words(self, x: torch.Tensor, input_ids: torch.Tensor, media: Media) -> torch.Tensor:
+        """Text tokens with, or as, the language model's own embeddings; image tokens as they are. [B, L, H]."""
+        words = self._words(input_ids, media).to(x.dtype)
+        is_media = (media.blocks_or_text(input_ids) >= 0)[..., None]
+        # A choice rather than an assignment: every weight takes part, also where a batch is text alone.
+        return torch.where(is_media, x, words if self.config.text_path == "direct" else x + words)
 
     def _pre_backend(self) -> str:
         """The pre-decoder's backend is the model's own; transformers' flash functions read it in `pre_config`."""
@@ -317,18 +332,13 @@ class HaploModel(HaploPreTrainedModel):
                 f"the language model attends within a sliding window of {window} tokens, but the sequence has "
                 f"{total}; the mixed mask does not model the window"
             )
-        room = _static_size(cache)
+        room = static_size(cache)
         if 0 < room < total:
             raise ValueError(f"the static cache has room for {room} tokens, but the sequence has {total}")
 
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _static_size(cache: Cache | None) -> int:
-    """Key slots of a cache that does not grow; 0 for one that does."""
-    return cache.get_max_length() if isinstance(cache, StaticCache) else 0
 
 
 class HaploForConditionalGeneration(HaploPreTrainedModel, HaploGenerationMixin):

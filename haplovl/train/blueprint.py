@@ -20,7 +20,7 @@ from haplovl.data.loader import IGNORE, Batch
 from haplovl.errors import UserError
 from haplovl.model import HaploConfig, HaploForConditionalGeneration
 from haplovl.model.inherit import build_config, vision_part
-from haplovl.model.layout import place
+from haplovl.model.layout import place, place_native
 from haplovl.settings import FolderTeacher, HubTeacher, Params, StageSettings
 
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -168,7 +168,10 @@ def typical_rows(config: HaploConfig, params: Params, stage: StageSettings, rows
     less room); what is left over is a record of text alone.
     """
     length, patch = stage.batch.row_tokens, config.pre_config.patch_size
-    grid = place(*PICTURE, config.image_size, patch, params.model.max_tiles).grid
+    if config.fusion == "patches":
+        grid, size = place_native(*PICTURE, config.image_size, patch).grid, patch
+    else:
+        grid, size = place(*PICTURE, config.image_size, patch, params.model.max_tiles).grid, config.image_size
     image = grid.tokens(config.pre_config.class_token, config.pre_config.image_newline)
     text = min(TEXT_TOKENS, params.prepare.max_tokens - image)
     if text < 2:
@@ -185,7 +188,6 @@ def typical_rows(config: HaploConfig, params: Params, stage: StageSettings, rows
             documents[:, start - image : stop] = number
         learnt = int((stop - start) * SUPERVISED_SHARE)
         labels[:, stop - learnt : stop] = 0
-    size = config.image_size
     pixels = torch.empty(rows * pictures * grid.tiles, 3, size, size, device="meta") if pictures else None
     wide = (t.expand(rows, -1).clone() for t in (ids, labels, documents))
     return Batch(*wide, pixels, [grid] * (rows * pictures), [])

@@ -116,11 +116,11 @@ def accumulate(engine: Any, batches: list[Any], counts: dict[str, float]) -> dic
     Raises:
         FloatingPointError: a loss that is no finite number, on all ranks alike.
     """
-    world = dist.get_world_size()
+    world, weights = dist.get_world_size(), engine.module.weights
     sums: dict[str, Any] = dict.fromkeys(counts, 0.0)
     for number, batch in enumerate(batches, start=1):
         parts = engine(batch)
-        loss = sum(parts[name] / max(counts[name], 1.0) for name in parts)
+        loss = sum(weights.get(name, 1.0) * parts[name] / max(counts[name], 1.0) for name in parts)
         engine.backward(loss * world, scale_wrt_gas=False)
         for name, value in parts.items():
             sums[name] = sums[name] + value.detach()

@@ -3,12 +3,13 @@
 Only matrix products count, a multiplication and an addition as two operations, and only those that the result needs:
 no attention between tokens that the mask keeps apart, no padding, no logits where nothing is learnt, and no second
 forward pass of activation checkpointing (that is hardware work, reported beside). The backward pass of a product costs
-one forward for the gradient of its input and one for that of its weight; where either is not wanted, it is not counted.
+one forward for the gradient of its input and one for that of its weight; where either is not wanted, it is not counted:
+not for weights that are frozen, and not below the first ones that are trained. So counts are right for the parameters
+that ask for a gradient when they are made.
 """
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from haplovl.data.loader import IGNORE, Batch
 from haplovl.model.configuration import HaploConfig
 from haplovl.model.media import image_sizes
-from haplovl.model.modeling import HaploForConditionalGeneration
+from haplovl.model.modeling import HaploForConditionalGeneration, HaploModel
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,11 @@ class StepFlops:
         """
         core, pre, width = model.model, model.config.pre_config, model.config.text_config.hidden_size
         vision = getattr(vision, "vision_config", vision)
-        products = _embeddings(core, words_trained=False) | {
-            "pre_decoder": _stack(core.pre_decoder, pre, "pairs"),
+        products, flows = _before_language(core, words_trained=False, until="pre_decoder")
+        products |= {
             "heads": [
-                _Product(2 * pre.hidden_size * vision.hidden_size, "learnt_patches", 2),
-                _Product(2 * pre.hidden_size * width, "text_tokens", 2),
+                _Product(2 * pre.hidden_size * vision.hidden_size, "learnt_patches", 1 + int(flows)),
+                _Product(2 * pre.hidden_size * width, "text_tokens", 1 + int(flows)),
             ],
             "logits": [_Product(2 * width * model.config.text_config.vocab_size, "text_tokens", 1)],
         }
@@ -147,19 +148,12 @@ class StepFlops:
 
     @classmethod
     def stage2(cls, model: HaploForConditionalGeneration) -> "StepFlops":
-        """Instruction tuning: the whole model, logits for supervised positions. `model` may be on the meta device.
-
-        A frozen weight (LoRA) costs one forward in the backward pass, for the gradient that goes through it.
-        """
+        """Next-token prediction: logits for supervised positions. `model` may be on the meta device."""
         core, config = model.model, model.config
         mask = "causal_pairs" if config.post_mask == "causal" else "pairs"
-        products = _embeddings(core, words_trained=_trained(core.get_input_embeddings())) | {
-            "pre_decoder": _stack(core.pre_decoder, config.pre_config, "pairs"),
-            "connector": [_linear(core.connector, "tokens")],
-            "language_model": _stack(core.language_model, config.text_config, mask),
-            "logits": [_linear(model.lm_head, "supervised")],
-        }
-        return cls(products)
+        products, flows = _before_language(core, _any_trained(core.get_input_embeddings()))
+        products["language_model"], flows = _stack(core.language_model, config.text_config, mask, flows)
+        return cls(products | {"logits": [_linear(model.lm_head, "supervised", flows)]})
 
     def of(self, work: Work, activation_checkpointing: bool = False) -> Flops:
         """Operations of a step with this work; `Work` of all its micro-batches and ranks, or of a share of them."""
@@ -167,35 +161,88 @@ class StepFlops:
         for part, products in self.products.items():
             forward[part] = sum(p.per_unit * getattr(work, p.units) for p in products)
             backward[part] = sum(p.backward * p.per_unit * getattr(work, p.units) for p in products)
-        layers = sum(forward.get(part, 0) for part in ("pre_decoder", "language_model"))
-        return Flops(forward, backward, self.teacher_per_tile * work.tiles, layers if activation_checkpointing else 0)
+        again = sum(
+            p.per_unit * getattr(work, p.units)
+            for part in ("tower", "pre_decoder", "language_model")
+            for p in self.products.get(part, ())
+            if p.backward  # without a backward pass there is no second forward pass
+        )
+        return Flops(forward, backward, self.teacher_per_tile * work.tiles, again if activation_checkpointing else 0)
 
 
-def _trained(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters(recurse=False))
+def _any_trained(module: nn.Module | None) -> bool:
+    return module is not None and any(p.requires_grad for p in module.parameters())
 
 
-def _linear(layer: nn.Module, units: str, input_gradient: bool = True) -> _Product:
-    """A linear layer per token. Features rather than the weight's shape: ZeRO 3 leaves no shape behind."""
+def _linear(layer: nn.Module, units: str, input_gradient: bool, times: int = 1) -> _Product:
+    """A linear layer, `times` per unit. Features rather than the weight's shape: ZeRO 3 leaves no shape behind."""
     inputs, outputs = (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
-    return _Product(2 * inputs * outputs, units, int(_trained(layer)) + int(input_gradient))
+    trained = any(p.requires_grad for p in layer.parameters(recurse=False))
+    return _Product(2 * inputs * outputs * times, units, int(trained) + int(input_gradient))
 
 
-def _embeddings(core: Any, words_trained: bool) -> dict[str, list[_Product]]:
-    """Nothing asks for the gradient of pixels, nor for that of words that are frozen."""
-    products = [_linear(core.image_embedding.patch, "patches", input_gradient=False)]
-    if core.config.text_projection:
-        products.append(_linear(core.text_projection, "text_tokens", words_trained))
-    return {"embeddings": products}
+def _before_language(
+    core: HaploModel, words_trained: bool, until: str | None = None
+) -> tuple[dict[str, list[_Product]], bool]:
+    """What runs before the language model, and whether its output asks for a gradient.
+
+    Nothing asks for the gradient of pixels, nor for that of words that are frozen. Products of text tokens that reach
+    the language model on another path are counted as they are computed: for all tokens.
+    """
+    if core.tower is not None:
+        return _tower_and_connector(core, words_trained)
+    products = {"embeddings": [_linear(core.image_embedding.patch, "patches", input_gradient=False)]}
+    flows = words_trained or _any_trained(core.image_embedding) or _any_trained(core.text_projection)
+    if core.text_projection is not None:
+        products["embeddings"].append(_linear(core.text_projection, "text_tokens", words_trained))
+    if core.pre_decoder is not None:
+        products["pre_decoder"], flows = _stack(core.pre_decoder, core.config.pre_config, "pairs", flows)
+        if until != "pre_decoder":
+            products["connector"] = [_linear(core.connector, "tokens", flows)]
+            flows = flows or _any_trained(core.connector)
+    return products, flows
 
 
-def _stack(module: nn.Module, config: PretrainedConfig, pairs: str) -> list[_Product]:
-    """All linear layers of a stack of transformer layers, and its attention."""
-    linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear | Conv1D)]
+def _tower_and_connector(core: HaploModel, words_trained: bool) -> tuple[dict[str, list[_Product]], bool]:
+    """The tower sees whole tiles; the connector only what is kept of them."""
+    vision, connector = core.tower.vision_model, core.connector
+    config = vision.config
+    patch = 2 * config.num_channels * config.patch_size**2 * config.hidden_size
+    products = {"embeddings": [_Product(patch, "patches", int(_any_trained(vision.embeddings.patch_embedding)))]}
+    flows = any(_any_trained(part) for name, part in vision.named_children() if name != "encoder")
+    tokens = (config.image_size // config.patch_size) ** 2 + int(hasattr(vision.embeddings, "class_embedding"))
+    products["tower"], flows = _stack(vision.encoder, config, "tiles", flows, tokens)
+    products["connector"] = [
+        _linear(connector.linear_1, "learnt_patches", flows),
+        _linear(connector.linear_2, "learnt_patches", flows or _any_trained(connector.linear_1)),
+    ]
+    return products, flows or words_trained or _any_trained(connector)
+
+
+def _stack(
+    module: nn.Module, config: PretrainedConfig, pairs: str, flows: bool, tile: int = 0
+) -> tuple[list[_Product], bool]:
+    """All linear layers of a stack of transformer layers, and its attention; whether its output asks for a gradient.
+
+    `flows` says whether its input does. In the first layer with trained weights all products are taken to need their
+    input's gradient, as they do where its norms are trained too. `tile` is the number of tokens of a tile where that
+    is the unit, else work is counted by tokens and pairs.
+    """
+    units, times, squares = ("tiles", tile, tile**2) if tile else ("tokens", 1, 1)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # Queries with keys, and weights with values.
-    attention = 2 * 2 * config.num_attention_heads * head_dim * config.num_hidden_layers
-    return [*(_linear(layer, "tokens") for layer in linears), _Product(attention, pairs, 2)]
+    attention = 2 * 2 * config.num_attention_heads * head_dim * squares  # queries with keys, weights with values
+    layers = next(m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
+    inside = _linears(layers)
+    products = [_linear(layer, units, flows, times) for layer in _linears(module) if layer not in inside]
+    for layer in layers:
+        flows = flows or _any_trained(layer)
+        products += [_linear(linear, units, flows, times) for linear in _linears(layer)]
+        products.append(_Product(attention, pairs, 2 * int(flows)))
+    return products, flows or _any_trained(module)
+
+
+def _linears(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if isinstance(part, nn.Linear | Conv1D)]
 
 
 def _vision_forward(vision: PretrainedConfig, patches: int) -> int:

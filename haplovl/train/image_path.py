@@ -33,11 +33,12 @@ MOST_QUERIES = 256
 def patch_gradient(module: nn.Module) -> float | None:
     """Norm of the patch embedding's gradient, before clipping; None where it is not trained or has no gradient.
 
+    With a vision tower, which may be frozen, it is that of the MLP's first layer: only pictures pass it.
     To be called between backward and optimiser step, by all ranks: with ZeRO 1 to 3 the parts are gathered. `module`
     is a model or an objective around one.
     """
     for name, parameter in module.named_parameters():
-        if name.endswith("image_embedding.patch.weight"):
+        if name.endswith(("image_embedding.patch.weight", "connector.linear_1.weight")):
             gradient = _whole_gradient(parameter) if parameter.requires_grad else None
             return None if gradient is None else float(torch.linalg.vector_norm(gradient.float()))
     return None
@@ -120,7 +121,7 @@ class _Recorder:
         self.queries = queries
         self.is_image = row.input_ids[0] == model.config.image_token_id
         parts = {"attention_pre": model.model.pre_decoder, "attention_post": model.model.language_model}
-        self._part = {id(module): name for name, part in parts.items() for module in part.modules()}
+        self._part = {id(module): name for name, part in parts.items() if part is not None for module in part.modules()}
         self._masses: dict[str, list[torch.Tensor]] = {"attention_pre": [], "attention_post": []}
         self._even: torch.Tensor | None = None
         self._sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]

@@ -48,6 +48,10 @@ class StepFigures:
     """Seconds of them in which the step waited for its batches."""
     flops: float
     """Model FLOPs of this device's share of the step, forward and backward."""
+    records: int = 0
+    """Records of the step over all ranks."""
+    total_flops: int = 0
+    """The same over all devices, and the forward passes of frozen teachers."""
 
 
 class SpikeDetector:
@@ -136,6 +140,8 @@ class Monitor:
             "grad_norm": figures.grad_norm,
             "supervised_tokens": figures.supervised_tokens,
             "tokens": figures.tokens,
+            "records": figures.records,
+            "flops": figures.total_flops,
             "seconds": figures.seconds,
             "supervised_tokens_per_s": figures.supervised_tokens / seconds,
             "tokens_per_s": figures.tokens / seconds,

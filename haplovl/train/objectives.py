@@ -15,11 +15,17 @@ from transformers import PreTrainedModel
 from haplovl.data.loader import IGNORE, Batch
 from haplovl.model import HaploForConditionalGeneration
 from haplovl.model.embedding import merge_tiles
+from haplovl.settings import DistillationLosses
 from haplovl.train.losses import summed_cross_entropy
+
+ALL_LOSSES = DistillationLosses()
 
 
 class Objective(Protocol):
     """What the trainer needs of a stage's objective."""
+
+    weights: dict[str, float]
+    """Factors of the loss parts in the loss; 1 where none is named."""
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Number of tokens behind each loss part."""
@@ -28,12 +34,13 @@ class Objective(Protocol):
         """Sum of each loss part over the batch's tokens."""
 
 
-class InstructionTuning(nn.Module):
-    """Stage 2: next-token cross-entropy on the assistant's tokens; the gradient flows through the whole model."""
+class NextToken(nn.Module):
+    """Next-token cross-entropy on the assistant's tokens: stage 2, and stage 1 of recipes that distil nothing."""
 
     def __init__(self, model: HaploForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
+        self.weights: dict[str, float] = {}
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Supervised tokens; labels stand one position after the hidden state that predicts them."""
@@ -53,7 +60,7 @@ class InstructionTuning(nn.Module):
 class Distillation(nn.Module):
     """Stage 1: the pre-decoder learns the vision teacher's patches and the language model's word embeddings.
 
-    L = L_v + L_feat + L_ctp with, as means over tokens,
+    L = L_v + L_feat + L_ctp (times the weights of `stage1.losses`) with, as means over tokens,
     L_v = 1 − cos(Ĥ_v, T_v), L_feat = ‖Ĥ_t − T_t‖₂ − cos(Ĥ_t, T_t), and
     L_ctp = cross-entropy of softmax(Ĥ_t·Wᵀ/τ) against the current token (arXiv 2503.14694, section 3).
 
@@ -67,16 +74,23 @@ class Distillation(nn.Module):
         vision_teacher: PreTrainedModel,
         vision_layer: int,
         temperature: float,
+        losses: DistillationLosses = ALL_LOSSES,
     ) -> None:
         super().__init__()
         core = model.model
+        given = {"loss_vision": losses.vision, "loss_feature": losses.feature,
+                 "loss_current_token": losses.current_token}  # fmt: skip
+        self.weights = {name: weight for name, weight in given.items() if weight}
+        """Of the parts that are learnt; one of weight 0 is left out, and what only it needs."""
         self.image_embedding, self.text_projection = core.image_embedding, core.text_projection
         self.pre_decoder = core.pre_decoder
         width = model.config.pre_config.hidden_size
         vision_config = getattr(vision_teacher.config, "vision_config", vision_teacher.config)
-        self.vision_head = nn.Linear(width, vision_config.hidden_size)
+        self.vision_head = nn.Linear(width, vision_config.hidden_size) if losses.vision else None
         # The connector may start from it, so it has a bias if and only if the connector has one.
-        self.text_head = nn.Linear(width, model.config.text_config.hidden_size, bias=model.config.connector_bias)
+        has_text = losses.feature or losses.current_token
+        language = model.config.text_config.hidden_size
+        self.text_head = nn.Linear(width, language, bias=model.config.connector_bias) if has_text else None
         self.temperature, self.vision_layer = temperature, vision_layer
         words = core.get_input_embeddings().weight
         words.requires_grad_(False)
@@ -93,27 +107,33 @@ class Distillation(nn.Module):
         """Patches behind L_v, text tokens behind L_feat and L_ctp."""
         text = int(self._is_text(batch).sum())
         patches = sum(grid.out_rows * grid.out_columns for grid in batch.image_grids)
-        return {"loss_vision": patches, "loss_feature": text, "loss_current_token": text}
+        counts = {"loss_vision": patches, "loss_feature": text, "loss_current_token": text}
+        return {name: counts[name] for name in self.weights}
 
     def _is_text(self, batch: Batch) -> torch.Tensor:
         image_id = self._frozen[0].config.image_token_id
         return (batch.input_ids != image_id) & (batch.document_ids >= 0)
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Sums of the three losses over the batch's patches and text tokens."""
-        core, teacher, words = self._frozen
+        """Sums of the losses over the batch's patches and text tokens."""
+        core, teacher, _ = self._frozen
         hidden = core.pre_decode(batch.input_ids, batch.pixel_values, batch.document_ids, batch.image_grids)
-        chosen = self._is_text(batch)
+        parts = self._text_losses(hidden, batch) if self.text_head is not None else {}
+        if self.vision_head is not None:
+            parts["loss_vision"] = self._vision_loss(hidden, batch, teacher)
+        return {name: parts[name] for name in self.weights}
+
+    def _text_losses(self, hidden: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        words, chosen = self._frozen[2], self._is_text(batch)
         tokens = batch.input_ids[chosen]
         predicted, target = self.text_head(hidden[chosen]).float(), words[tokens].float()
         distance = torch.linalg.vector_norm(predicted - target, dim=-1)
         similarity = functional.cosine_similarity(predicted, target, dim=-1)
-        logits = predicted @ words.float().T / self.temperature
-        return {
-            "loss_vision": self._vision_loss(hidden, batch, teacher),
-            "loss_feature": (distance - similarity).sum(),
-            "loss_current_token": summed_cross_entropy(logits, tokens),
-        }
+        parts = {"loss_feature": (distance - similarity).sum()}
+        if "loss_current_token" in self.weights:
+            logits = predicted @ words.float().T / self.temperature
+            parts["loss_current_token"] = summed_cross_entropy(logits, tokens)
+        return parts
 
     def _vision_loss(self, hidden: torch.Tensor, batch: Batch, teacher: PreTrainedModel) -> torch.Tensor:
         config = self._frozen[0].config

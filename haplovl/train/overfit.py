@@ -37,8 +37,8 @@ class Aim:
 
 
 AIMS = {
-    "stage1": Aim("loss_vision", 0.05, "1 - cosine to the vision teacher's patches"),
-    "stage2": Aim("loss", 0.01, "nats per supervised token"),
+    "distillation": Aim("loss_vision", 0.05, "1 - cosine to the vision teacher's patches"),
+    "next token": Aim("loss", 0.01, "nats per supervised token"),
 }
 
 
@@ -91,6 +91,10 @@ def overfit(name: str, params: Params, compute: ComputeProfile, count: int) -> b
     device = start_distributed(compute)
     try:
         stage = build_stage(name, params)
+        if stage.objective is None:
+            raise UserError(f"this recipe trains nothing in {name} (objective: none), so there is nothing to test")
+        if isinstance(stage.objective, Distillation) and "loss_vision" not in stage.objective.weights:
+            raise UserError("the test looks at loss_vision, which this recipe does not learn (stage1.losses.vision: 0)")
         stage.model.set_attn_implementation({"": compute.attention, "text_config": compute.attention})
         if compute.activation_checkpointing:
             stage.model.gradient_checkpointing_enable()
@@ -98,7 +102,7 @@ def overfit(name: str, params: Params, compute: ComputeProfile, count: int) -> b
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    say(in_words(name, verdict, stage.settings.optimizer.learning_rate))
+    say(in_words(name, aim_of(stage), verdict, stage.settings.optimizer.learning_rate))
     return verdict.passed
 
 
@@ -111,7 +115,7 @@ def learn_by_heart(
     if isinstance(stage.objective, Distillation):
         stage.objective.frozen_to(device, DTYPES[stage.settings.precision])
     engine = make_engine(stage.objective, stage.settings, compute, loader.micro_batches)
-    aim, names, losses = AIMS[stage.name], set(), []
+    aim, names, losses = aim_of(stage), set(), []
     say(f"{stage.name}: learning {count} records by heart; aim: {aim.part} below {aim.below} ({aim.meaning})")
     with reporter(f"{stage.name} overfit", most_steps) as report:
         for batches in loader.steps(0, most_steps):
@@ -144,9 +148,14 @@ def _loader(records: FirstRecords, batch: BatchSettings, compute: ComputeProfile
     return PackedLoader(records, one, often, seed, micro, **ranks, workers=compute.loader_workers)
 
 
-def in_words(name: str, verdict: Verdict, rate: float) -> str:
+def aim_of(stage: Stage) -> Aim:
+    """What the stage's objective aims at."""
+    return AIMS["distillation" if isinstance(stage.objective, Distillation) else "next token"]
+
+
+def in_words(name: str, aim: Aim, verdict: Verdict, rate: float) -> str:
     """The verdict, and what to look at where it is a bad one."""
-    aim, count = AIMS[name], len(verdict.records)
+    count = len(verdict.records)
     reached = f"{aim.part} went from {verdict.first:.3g} to {verdict.last:.3g} in {verdict.steps} steps"
     if verdict.passed:
         return (

@@ -14,13 +14,14 @@ from torch import nn
 from haplovl.data.loader import Batch
 from haplovl.errors import UserError
 from haplovl.files import RUNS
-from haplovl.settings import ComputeProfile, Params, Stage1Settings, Stage2Settings
+from haplovl.settings import ComputeProfile, DistillationSettings, Params, Stage1Settings, Stage2Settings, StageSettings
 from haplovl.train.blueprint import SUPERVISED_SHARE, TEXT_TOKENS, Blueprint, find_teachers, typical_rows
 from haplovl.train.engine import DTYPES
 from haplovl.train.flops import Flops, StepFlops, Work
 from haplovl.train.memory import DeviceMemory, Holdings, device_memory
 from haplovl.train.meta_run import Footprint, checkpointing, run_on_meta
-from haplovl.train.objectives import Distillation, InstructionTuning
+from haplovl.train.objectives import Distillation, NextToken
+from haplovl.train.optim import freeze_parts
 
 ASSUMED_UTILISATION = 0.4
 """Share of the device's peak at which its operations are assumed to run, where no run has measured it."""
@@ -77,6 +78,8 @@ def plan_stage(name: str, params: Params, compute: ComputeProfile, mfu: float | 
         UserError: a recipe that does not fit its teachers or the profile, or whose shapes are wrong.
     """
     settings: Any = {"stage1": params.stage1, "stage2": params.stage2}[name]
+    if not isinstance(settings, StageSettings):
+        raise UserError(f"this recipe trains nothing in {name} (objective: none), so there is nothing to plan")
     micro_rows, micro_batches = _split(settings, compute)
     blueprint = Blueprint.of(params, find_teachers(params))
     model = blueprint.model
@@ -84,8 +87,13 @@ def plan_stage(name: str, params: Params, compute: ComputeProfile, mfu: float | 
         from haplovl.train.lora import add_adapters
 
         add_adapters(model, settings.lora, params.seed)
+    try:
+        freeze_parts(model, settings.optimizer)
+    except ValueError as error:
+        raise UserError(f"{name}.{error}") from None
     rows = typical_rows(model.config, params, settings, micro_rows)
-    counter = StepFlops.stage1(model, blueprint.vision.config) if name == "stage1" else StepFlops.stage2(model)
+    distils = isinstance(settings, DistillationSettings)
+    counter = StepFlops.stage1(model, blueprint.vision.config) if distils else StepFlops.stage2(model)
     work = Work.of(rows, model.config).times(micro_batches * compute.processes)
     began = time.perf_counter()
     holdings, footprint = dry_run(blueprint, settings, compute, rows)
@@ -125,22 +133,25 @@ def dry_run(
     model, dtype = blueprint.model, DTYPES[settings.precision]
     # Kernels without scores in memory are alike in what they keep.
     backend = "eager" if compute.attention == "eager" else "sdpa"
-    model.set_attn_implementation({"": backend, "text_config": backend})
+    tower = {"vision_config": backend} if model.config.vision_config is not None else {}
+    model.set_attn_implementation({"": backend, "text_config": backend, **tower})
     if compute.activation_checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(checkpointing())
     objective: nn.Module
-    if isinstance(settings, Stage1Settings):
+    if isinstance(settings, DistillationSettings):
         with torch.device("meta"):
-            objective = Distillation(model, blueprint.vision, settings.vision_layer, settings.temperature)
+            objective = Distillation(
+                model, blueprint.vision, settings.vision_layer, settings.temperature, settings.losses
+            )  # fmt: skip
         objective.frozen_to(torch.device("meta"), dtype)
     else:
-        objective = InstructionTuning(model)
+        objective = NextToken(model)
     parameters = {id(p): p for p in objective.parameters()}
     own = {id(p) for p in model.parameters()}
     words, held = model.get_input_embeddings().weight, 0
-    if isinstance(settings, Stage1Settings):
+    if isinstance(settings, DistillationSettings):
         held = _bytes(blueprint.vision) + 4 * words.numel()
     holdings = Holdings(
         trained=sum(p.numel() for p in parameters.values() if p.requires_grad),
@@ -176,14 +187,16 @@ def _weights(model: nn.Module) -> dict[str, int]:
     """Numbers of weights by part; words and head counted with the language model once where they are tied."""
     core = model.model
     parts = {
-        "embeddings": [core.image_embedding, getattr(core, "text_projection", None) or core.text_embedding],
+        "embeddings": [core.image_embedding, core.text_projection, core.text_embedding],
+        "tower": [core.tower],
         "pre_decoder": [core.pre_decoder],
         "connector": [core.connector],
         "language_model": [core.language_model, model.lm_head],
     }
     return {
-        name: sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
+        name: sum(p.numel() for p in {id(p): p for m in modules if m is not None for p in m.parameters()}.values())
         for name, modules in parts.items()
+        if any(module is not None for module in modules)
     }
 
 

@@ -12,14 +12,15 @@ from haplovl.files import PREPARED, STAGE1, STAGE2, TEACHERS, require, sha256_of
 from haplovl.model import HaploForConditionalGeneration, HaploProcessor
 from haplovl.model.inherit import inherit
 from haplovl.records import write_jsonl
-from haplovl.settings import Params, Stage1Settings, Stage2Settings, fingerprint
-from haplovl.teachers import load_language, load_vision, seed_everything
+from haplovl.settings import DistillationSettings, Params, Stage1Settings, Stage2Settings, StageSettings, fingerprint
+from haplovl.teachers import load_language, load_vision, recipe_processor, seed_everything
 from haplovl.train.checkpoint import is_main, say
 from haplovl.train.engine import DTYPES
 from haplovl.train.flops import StepFlops
 from haplovl.train.lora import add_adapters, merged_weights
 from haplovl.train.monitor import without_measurements
-from haplovl.train.objectives import Distillation, InstructionTuning
+from haplovl.train.objectives import Distillation, NextToken
+from haplovl.train.optim import freeze_parts
 from haplovl.train.state import full_weights
 
 OUTPUTS = {"stage1": STAGE1, "stage2": STAGE2}
@@ -32,23 +33,30 @@ class Stage:
     name: str
     settings: Stage1Settings | Stage2Settings
     model: HaploForConditionalGeneration
-    objective: nn.Module
+    objective: nn.Module | None
+    """None where the recipe has no such stage."""
     processor: HaploProcessor
-    flops: StepFlops
+    flops: StepFlops | None
     identity: dict[str, Any]
     """What decides the result, by name."""
 
 
-def build_stage(name: str, params: Params) -> Stage:
+def build_stage(name: str, params: Params, from_teachers: bool = False) -> Stage:
     """Model and objective of `stage1` or `stage2`.
+
+    `from_teachers` builds stage 2 on the model that stage 1 starts from, to count what it costs before stage 1 ran.
 
     Raises:
         UserError: inputs are missing, or settings and teachers do not fit.
     """
     seed_everything(params.seed)
     manifest = sha256_of(require(PREPARED / "manifest.json", "prepare"))
-    build = _stage1 if name == "stage1" else _stage2
-    settings, start, processor, model, objective, flops = build(params)
+    settings = getattr(params, name)
+    build = _stage1 if name == "stage1" or from_teachers else _stage2
+    start, processor, model, make_objective = build(params)
+    objective, flops = None, None
+    if isinstance(settings, StageSettings):
+        objective, flops = make_objective(settings)
     identity = {
         name: settings.model_dump(mode="json"),
         "seed": params.seed,
@@ -57,12 +65,12 @@ def build_stage(name: str, params: Params) -> Stage:
         "initial weights": sha256_of_folder(start),
         "code": _code_hash(),
     }
-    return Stage(name, settings, model.train(), objective.train(), processor, flops, identity)
+    return Stage(name, settings, model, objective, processor, flops, identity)
 
 
 def _stage1(params: Params) -> tuple[Any, ...]:
     start = require(TEACHERS, "teachers")
-    processor = HaploProcessor.from_pretrained(TEACHERS / "processor")
+    processor = recipe_processor(params)
     vision = load_vision(TEACHERS / "vision")
     ids = processor.image_token_id, len(processor.tokenizer), processor.video_token_id
     try:
@@ -72,19 +80,39 @@ def _stage1(params: Params) -> tuple[Any, ...]:
     # Generation must end where training ended its answers.
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    settings = params.stage1
-    objective = Distillation(model, vision, settings.vision_layer, settings.temperature)
-    return settings, start, processor, model, objective, StepFlops.stage1(model, vision.config)
+
+    def objective(settings: StageSettings) -> tuple[nn.Module, StepFlops]:
+        if isinstance(settings, DistillationSettings):
+            made = Distillation(model, vision, settings.vision_layer, settings.temperature, settings.losses)
+            _freeze(made, settings, "stage1")
+            return made, StepFlops.stage1(model, vision.config)
+        return _next_token(model, settings, "stage2" if isinstance(settings, Stage2Settings) else "stage1")
+
+    return start, processor, model.train(), objective
 
 
 def _stage2(params: Params) -> tuple[Any, ...]:
     start = require(STAGE1, "train stage1")
     processor = HaploProcessor.from_pretrained(STAGE1)
     model = HaploForConditionalGeneration.from_pretrained(STAGE1, dtype=torch.float32)
-    settings = params.stage2
-    if settings.lora is not None:
-        add_adapters(model, settings.lora, params.seed)
-    return settings, start, processor, model, InstructionTuning(model), StepFlops.stage2(model)
+    if params.stage2.lora is not None:
+        add_adapters(model, params.stage2.lora, params.seed)
+    return start, processor, model.train(), lambda settings: _next_token(model, settings, "stage2")
+
+
+def _next_token(
+    model: HaploForConditionalGeneration, settings: StageSettings, stage: str
+) -> tuple[nn.Module, StepFlops]:
+    objective = NextToken(model)
+    _freeze(objective, settings, stage)
+    return objective, StepFlops.stage2(model)  # what is frozen costs less, so it is counted afterwards
+
+
+def _freeze(objective: nn.Module, settings: StageSettings, stage: str) -> None:
+    try:
+        freeze_parts(objective, settings.optimizer)
+    except ValueError as error:
+        raise UserError(f"{stage}.{error}") from None
 
 
 def _code_hash() -> str:
@@ -103,7 +131,8 @@ def save_stage(stage: Stage, rows: list[dict[str, Any]], connector_is_text_head:
     """
     precision = torch.float32 if stage.name == "stage1" else DTYPES[stage.settings.precision]
     weights = {name: value.to(precision) for name, value in full_weights(stage.model) if is_main()}
-    heads = dict(full_weights(stage.objective.text_head)) if isinstance(stage.objective, Distillation) else {}
+    text_head = getattr(stage.objective, "text_head", None)
+    heads = dict(full_weights(text_head)) if text_head is not None else {}
     if not is_main():
         return
     if heads and connector_is_text_head:
@@ -115,4 +144,5 @@ def save_stage(stage: Stage, rows: list[dict[str, Any]], connector_is_text_head:
         stage.model.eval().save_pretrained(folder, state_dict=weights)
         stage.processor.save_pretrained(folder)
         write_jsonl(folder / "training_log.jsonl", map(without_measurements, rows))
-    say(f"{stage.name}: loss {rows[-1]['loss']:.4f} after {len(rows)} steps -> {OUTPUTS[stage.name]}")
+    how = f"loss {rows[-1]['loss']:.4f} after {len(rows)} steps" if rows else "nothing to train in this recipe"
+    say(f"{stage.name}: {how} -> {OUTPUTS[stage.name]}")

@@ -22,7 +22,7 @@ from haplovl.train.image_path import attention_to_images, patch_gradient
 from haplovl.train.launch import EXIT_PREEMPTED, STOP_SIGNALS, adopt_slurm, launch
 from haplovl.train.monitor import Monitor, StepFigures, monitor
 from haplovl.train.objectives import Distillation
-from haplovl.train.optim import learning_rate
+from haplovl.train.optim import learning_rate, set_learning_rate
 from haplovl.train.stage import OUTPUTS, Stage, build_stage, save_stage
 from haplovl.train.validation import Validation
 
@@ -45,6 +45,9 @@ def train_stage(name: str, params: Params, compute: ComputeProfile, resume_from:
     device = start_distributed(compute)
     try:
         stage = build_stage(name, params)
+        if stage.objective is None:
+            save_stage(stage, [], False)
+            return
         # By name: the pre-decoder has a configuration, but is no transformers model of its own to be asked.
         stage.model.set_attn_implementation({"": compute.attention, "text_config": compute.attention})
         if compute.activation_checkpointing:
@@ -89,13 +92,20 @@ def _run(
                 raise _not_finite(stage, engine, folder, batches, step, error) from None
             step += 1
             seconds = time.perf_counter() - ended
-            tokens, stops = reduce_sum(torch.tensor([float(figures["tokens"]), float(stop.asked)])).tolist()
+            mine = [figures["tokens"], figures["total_flops"], figures["records"], int(stop.asked)]
+            tokens, flops, records, stops = map(int, reduce_sum(torch.tensor(mine, dtype=torch.float64)).tolist())
             stopping = bool(stops) and step < total  # all ranks after the same step
             saving = stopping or step == total or step % stage.settings.checkpoint_every == 0
             # A job that must stop has little time left, so it does without the validation loss.
             score = validation.loss(engine, stage.objective, device) if validation and saving and not stopping else None
             looks |= {} if score is None else {"validation_loss": score}
-            figures |= {"tokens": int(tokens), "seconds": seconds, "wait": loader.waited}
+            figures |= {
+                "tokens": tokens,
+                "total_flops": flops,
+                "records": records,
+                "seconds": seconds,
+                "wait": loader.waited,
+            }
             watch.record(StepFigures(**figures), _ids(batches), looks)
             if saving:
                 folder.save(engine, step, score)
@@ -132,9 +142,8 @@ def _step(
     """
     work = sum((Work.of(batch, stage.model.config) for batch in batches), Work())
     rate = learning_rate(stage.settings.optimizer, step, stage.settings.steps)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-    counts = global_counts(stage.objective, batches)
+    set_learning_rate(engine.optimizer, rate)
+    counts, flops = global_counts(stage.objective, batches), stage.flops.of(work)
     moved = [batch.to(device) for batch in batches]
     losses = accumulate(engine, moved, counts)
     due = watch.watch.due(step + 1)
@@ -152,7 +161,9 @@ def _step(
         "grad_norm": norm,
         "supervised_tokens": int(max(counts.values())),
         "tokens": work.tokens,
-        "flops": stage.flops.of(work).model,
+        "records": len(_ids(batches)),
+        "flops": flops.model,
+        "total_flops": flops.model + flops.teachers,
     }
     return figures, looks
 

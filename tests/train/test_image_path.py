@@ -11,7 +11,7 @@ from haplovl.settings import LoraSettings
 from haplovl.train import image_path
 from haplovl.train.image_path import LOOKS, ImagePathWatch, attention_to_images, patch_gradient
 from haplovl.train.lora import add_adapters
-from haplovl.train.objectives import InstructionTuning
+from haplovl.train.objectives import NextToken
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "released"]
 
@@ -116,7 +116,7 @@ def test_with_adapters_and_in_half_precision(tiny, packed):
 
 def test_the_gradient_of_the_patch_embedding(tiny, packed):
     model = tiny()
-    objective, batch = InstructionTuning(model), packed(model)
+    objective, batch = NextToken(model), packed(model)
     assert patch_gradient(objective) is None
     objective(batch)["loss"].backward()
     weight = model.model.image_embedding.patch.weight

@@ -10,7 +10,7 @@ from haplovl.errors import UserError
 from haplovl.model import HaploForConditionalGeneration
 from haplovl.settings import LoraSettings
 from haplovl.train.lora import add_adapters, merge_adapters, merged_weights, trainable_parameters
-from haplovl.train.objectives import InstructionTuning
+from haplovl.train.objectives import NextToken
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "released"]
 
@@ -21,7 +21,7 @@ def logits(model, batch):
 
 
 def train(model, batch, steps=5):
-    objective = InstructionTuning(model)
+    objective = NextToken(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(steps):

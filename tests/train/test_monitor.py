@@ -79,7 +79,7 @@ def test_parts_are_summed_and_what_the_machine_decides_can_be_left_out(tmp_path)
     kept = without_measurements(row)
     assert kept == {
         "step": 1, "loss": 0.75, "loss_vision": 0.5, "loss_feature": 0.25, "learning_rate": 1e-4, "grad_norm": 0.5,
-        "supervised_tokens": 300, "tokens": 1000, "attention_pre": 0.1,
+        "supervised_tokens": 300, "tokens": 1000, "records": 0, "flops": 0, "attention_pre": 0.1,
     }  # fmt: skip
     assert set(row) - set(kept) == set(MEASURED) - {"mfu"}
 

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from haplovl.data.loader import IGNORE, Batch
 from haplovl.model.layout import ImageGrid, place, single_tile
-from haplovl.train.objectives import Distillation, InstructionTuning
+from haplovl.train.objectives import Distillation, NextToken
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def batch(model):
 
 
 def test_stage2_is_the_next_token_loss_on_answers_only(model, batch):
-    objective = InstructionTuning(model)
+    objective = NextToken(model)
     with torch.inference_mode():
         total = objective(batch)["loss"]
         out = model(batch.input_ids, batch.pixel_values, document_ids=batch.document_ids, labels=batch.labels)
@@ -36,7 +36,7 @@ def test_stage2_is_the_next_token_loss_on_answers_only(model, batch):
 
 
 def test_stage2_gradients_reach_patches_pre_decoder_and_language_model(model, batch):
-    InstructionTuning(model.train())(batch)["loss"].backward()
+    NextToken(model.train())(batch)["loss"].backward()
     core = model.model
     for name, parameter in {
         "patch embedding": core.image_embedding.patch.weight,
@@ -55,7 +55,7 @@ def test_stage2_gradients_reach_patches_pre_decoder_and_language_model(model, ba
 
 
 def test_a_changed_question_changes_the_loss_but_carries_none(model, batch):
-    objective = InstructionTuning(model)
+    objective = NextToken(model)
     before = objective(batch)["loss"].item()
     batch.input_ids[0, 0] += 1
     assert objective(batch)["loss"].item() != before
@@ -189,7 +189,7 @@ def test_stage1_compares_every_patch_with_the_teachers_patch_of_its_own_tile(dis
 
 def test_stage2_reads_several_tiles_and_its_gradient_reaches_them(model, tiled):
     batch, _ = tiled
-    objective = InstructionTuning(model)
+    objective = NextToken(model)
     # All ten text tokens but the row's first, which nothing predicts.
     assert objective.counts(batch) == {"loss": 9}
     batch.pixel_values.requires_grad_(True)

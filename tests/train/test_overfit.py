@@ -16,7 +16,7 @@ from haplovl.errors import UserError
 from haplovl.files import RAW, VALIDATED, sha256_of
 from haplovl.records import Record, Turn
 from haplovl.settings import StageMixture
-from haplovl.train.overfit import FirstRecords, Verdict, in_words
+from haplovl.train.overfit import AIMS, FirstRecords, Verdict, in_words
 
 
 def haplovl(*words, cwd):
@@ -115,7 +115,9 @@ def test_records_with_pictures_come_first_and_unused_kinds_stay_out():
 
 def test_each_way_to_fail_names_what_to_look_at():
     names = tuple(f"r{n}" for n in range(20))
-    flat = in_words("stage2", Verdict(False, 500, 5.0, 4.9, names), 2e-5)
+    flat = in_words("stage2", AIMS["next token"], Verdict(False, 500, 5.0, 4.9, names), 2e-5)
     assert "hardly fell" in flat and "2e-05" in flat and "and 4 more" in flat
-    assert "no finite number" in in_words("stage2", Verdict(False, 3, 5.0, math.nan, names), 2e-5)
-    assert "stood still at a level" in in_words("stage1", Verdict(False, 500, 1.0, 0.3, names), 2e-5)
+    assert "no finite number" in in_words("stage2", AIMS["next token"], Verdict(False, 3, 5.0, math.nan, names), 2e-5)
+    assert "stood still at a level" in in_words(
+        "stage1", AIMS["distillation"], Verdict(False, 500, 1.0, 0.3, names), 2e-5
+    )

@@ -6,11 +6,21 @@ import pytest
 import torch
 
 from haplovl.errors import UserError
-from haplovl.settings import ComputeProfile, HubTeacher, LoraSettings, load_compute, load_params
+from haplovl.settings import (
+    ComputeProfile,
+    HubTeacher,
+    LoraSettings,
+    ModelSettings,
+    NoStageSettings,
+    OptimizerSettings,
+    PretrainingSettings,
+    load_compute,
+    load_params,
+)
 from haplovl.train.blueprint import Blueprint, find_teachers, typical_rows
 from haplovl.train.memory import Holdings, device_memory
 from haplovl.train.meta_run import Footprint, run_on_meta
-from haplovl.train.objectives import InstructionTuning
+from haplovl.train.objectives import NextToken
 from haplovl.train.plan import dry_run, plan_stage
 from haplovl.train.plan_table import print_plan
 
@@ -91,7 +101,7 @@ def test_the_meta_run_counts_what_a_real_run_keeps(model, processor):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        InstructionTuning(real)(rows)["loss"]
+        NextToken(real)(rows)["loss"]
     saved = sum(size for key, size in kept.items() if key not in weights)
     assert saved <= footprint.activations + footprint.logits <= 1.5 * saved
 
@@ -128,7 +138,7 @@ def test_a_wrong_objective_fails_on_the_meta_device(model):
     rows = typical_rows(blueprint.model.config, params, params.stage2, 1)
     blueprint.model.lm_head = torch.nn.Linear(blueprint.model.config.text_config.hidden_size + 1, 10, device="meta")
     with pytest.raises(RuntimeError, match="193"):
-        run_on_meta(InstructionTuning(blueprint.model), rows, 512)
+        run_on_meta(NextToken(blueprint.model), rows, 512)
 
 
 def test_a_step_that_cannot_be_split_is_refused():
@@ -167,3 +177,29 @@ def test_json_for_scripts_and_a_table_for_people(capsys):
     assert "names no peak_tflops" in text and "0 (profile)" in text
     with pytest.raises(UserError, match="stage3"):
         print_plan("stage3", params, compute, None, as_json=False)
+
+
+def test_other_designs_are_planned_as_well():
+    params, compute = load_params("params/haplovl-7b.yaml"), load_compute("node-8gpu")
+
+    def planned(**model):
+        return plan_stage("stage2", params.model_copy(update={"model": ModelSettings(**model)}), compute)
+
+    llava = planned(fusion="tower", image_size=336)
+    solo = planned(fusion="patches", image_size=1024, patch_size=32)
+    # LLaVA-1.5-7B has 7.06e9 parameters with the tower's last layer (12.6e6), which is left out here.
+    assert sum(llava.weights.values()) / 1e9 == pytest.approx(7.05, abs=0.01)
+    assert llava.weights["connector"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert llava.weights["tower"] / 1e6 == pytest.approx(290.9, abs=0.1) and "pre_decoder" not in llava.weights
+    assert solo.weights["embeddings"] == 3 * 32 * 32 * 4096 + 4096  # one bias-free linear layer, and the newline
+    assert set(solo.weights) == {"embeddings", "language_model"} == set(solo.flops.forward) - {"logits"}
+    assert set(llava.flops.forward) == {"embeddings", "tower", "connector", "language_model", "logits"}
+    frozen = OptimizerSettings(learning_rate=1e-3, rate_factors={"tower": 0.0, "language_model": 0.0})
+    shared = params.stage1.model_dump(include={"steps", "batch", "mixture"})
+    alignment = PretrainingSettings(objective="next_token", optimizer=frozen, **shared)
+    changes = {"model": ModelSettings(fusion="tower", image_size=336), "stage1": alignment}
+    first = plan_stage("stage1", params.model_copy(update=changes), compute)
+    assert first.trained == llava.weights["connector"]  # LLaVA's first stage trains the projector alone
+    assert first.flops.backward["tower"] == 0 < first.flops.forward["tower"]
+    with pytest.raises(UserError, match="trains nothing in stage1"):
+        plan_stage("stage1", params.model_copy(update={"stage1": NoStageSettings(objective="none")}), compute)

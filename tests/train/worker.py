@@ -18,7 +18,7 @@ from haplovl.model.layout import single_tile
 from haplovl.settings import BatchSettings, ComputeProfile, OptimizerSettings, StageSettings
 from haplovl.train.checkpoint import RunFolder
 from haplovl.train.engine import accumulate, global_counts, make_engine, start_distributed, update
-from haplovl.train.objectives import Distillation, InstructionTuning
+from haplovl.train.objectives import Distillation, NextToken
 from haplovl.train.state import full_weights
 
 ROWS, LENGTH = 4, 72
@@ -66,7 +66,7 @@ def objective_of(job):
     if job.get("checkpointing"):
         model.gradient_checkpointing_enable()
     if job["objective"] == "instruction":
-        return model, InstructionTuning(model)
+        return model, NextToken(model)
     return model, Distillation(model, CLIPVisionModel.from_pretrained(job["vision"]), -1, 0.1)
 
 

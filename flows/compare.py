@@ -1,0 +1,132 @@
+"""The Prefect flow `haplovl-compare`: the stages of comparison/dvc.yaml, several at once, then the report.
+
+`python -m flows.compare` runs it here, as flows.pipeline does with the main pipeline. Runs that are finished are cached
+by DVC; one that was killed goes on from its last checkpoint.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from threading import Event, Lock
+
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.pipeline import NO_CACHE, Completed, Failed, State, flow, get_run_logger, start_server, task
+from flows.stages import Project, Stage, end_all, run_stage
+from haplovl.errors import UserError
+
+FILE = "comparison/dvc.yaml"
+GROUPS = {"compare": ("compute", "samples"), "ablations": ("ablations",)}
+LOCKED = "Unable to acquire lock"
+"""What DVC says while another of its processes writes down a result: to be tried again."""
+TRIES = 20
+STOPPING = Event()
+"""Set by an interruption: nothing new is started."""
+
+
+class SharedProject:
+    """A DVC project that several threads ask; DVC itself serves one at a time."""
+
+    def __init__(self) -> None:
+        self._project, self._lock = Project(), Lock()
+
+    def stages(self, what: str) -> list[Stage]:
+        """The stages of `compare` or `ablations`, with those of the main pipeline that they need, in order."""
+        by_name = {stage.name: stage for stage in self._project.all_stages}
+        wanted = [f"{FILE}:{group}-" for group in GROUPS[what]]
+        needed: set[str] = set()
+        waiting = [name for name in by_name if name.startswith(tuple(wanted))]
+        while waiting:
+            name = waiting.pop()
+            if name not in needed:
+                needed.add(name)
+                waiting.extend(by_name[name].upstream)
+        return [stage for stage in self._project.all_stages if stage.name in needed]
+
+    def is_unchanged(self, name: str) -> bool:
+        """Whether DVC would skip the stage."""
+        with self._lock:
+            self._project.forget()
+            return self._project.is_unchanged(name)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def run_or_skip(project: SharedProject, name: str, compute: str) -> State:
+    """One DVC stage: Cached when DVC finds it unchanged, else run."""
+    if STOPPING.is_set():
+        return Failed(message="interrupted")
+    if project.is_unchanged(name):
+        return Completed(name="Cached", message="DVC finds it unchanged")
+    short = name.rpartition(":")[2]
+    for _ in range(TRIES):
+        code, last_lines = run_stage(name, compute, lambda line: get_run_logger().info(f"{short}: {line}"))
+        if not code or STOPPING.is_set() or not any(LOCKED in line for line in last_lines):
+            break
+    if code:
+        return Failed(message="\n    ".join([f"'{name}' failed (exit code {code}); its last lines:", *last_lines]))
+    return Completed(message="done")
+
+
+@flow(name="haplovl-compare", persist_result=False)
+def haplovl_compare(what: str = "compare", compute: str = "one-core") -> State:
+    """Runs what changed of the comparison; a run that fails does not keep the others from running.
+
+    Args:
+        what: `compare` (equal compute, equal samples) or `ablations`.
+        compute: profile of infra/compute/ of every run.
+    """
+    project = SharedProject()
+    futures = {}
+    for stage in project.stages(what):
+        own = run_or_skip.with_options(name=stage.name, task_run_name=stage.name)
+        futures[stage.name] = own.submit(project, stage.name, compute, wait_for=[futures[up] for up in stage.upstream])
+    states = {name: future.wait() or future.state for name, future in futures.items()}
+    failed = [state.message for state in states.values() if not state.is_completed()]
+    if failed:
+        return Failed(message=f"{len(failed)} of {len(states)} stages failed or could not start; first: {failed[0]}")
+    cached = sum(state.name == "Cached" for state in states.values())
+    return Completed(message=f"{len(states) - cached} stages run, {cached} cached")
+
+
+def _stop(*_: object) -> None:
+    """Ends what runs in the flow's threads, which no exception reaches; the flow then ends by itself."""
+    STOPPING.set()
+    end_all()
+
+
+def main() -> None:
+    """Runs the flow in the current folder, then writes the report; exits with 1 when a run failed."""
+    parser = argparse.ArgumentParser(prog="python -m flows.compare", description="Compares recipes on equal terms.")
+    parser.add_argument("what", choices=sorted(GROUPS), nargs="?", default="compare")
+    parser.add_argument("--compute", default=os.environ.get("HAPLOVL_COMPUTE") or "one-core", metavar="PROFILE")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at once; default: cores")
+    options = parser.parse_args()
+    from haplovl.settings import load_compute
+
+    try:
+        load_compute(options.compute)
+        SharedProject().stages(options.what)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // options.jobs)))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        start_server()
+        runner = ThreadPoolTaskRunner(max_workers=options.jobs)
+        state = haplovl_compare.with_options(task_runner=runner)(options.what, options.compute, return_state=True)
+    finally:
+        end_all()
+    if STOPPING.is_set():
+        sys.exit("\ninterrupted; run the same command again to go on from the last finished run or checkpoint")
+    if not state.is_completed():
+        sys.exit(f"error: {state.message}")
+    print(f"haplovl-compare: {state.message}", flush=True)
+    from haplovl.comparison.report import write_report
+
+    write_report()
+
+
+if __name__ == "__main__":
+    main()

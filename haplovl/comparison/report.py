@@ -1,0 +1,172 @@
+"""The comparison's report: a page that holds all it shows, and the same numbers as CSV."""
+
+import base64
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.console import Console
+from rich.table import Table
+
+from haplovl.comparison.plots import TERA, accuracy_chart, lead_chart, learning_curves
+from haplovl.comparison.results import ALL, Result, Summary, finished, summarise
+from haplovl.comparison.runs import GROUPS, Run, compare_settings, planned
+from haplovl.errors import UserError
+from haplovl.files import REPORTS, whole_folder, write_whole
+from haplovl.settings import CompareSettings
+
+REPORT = REPORTS / "comparison"
+TITLES = {
+    "compute": "Equal compute",
+    "samples": "Equal samples",
+    "ablations": "Ablations: one switch each, at equal compute",
+}
+
+
+def write_report(groups: Sequence[str] | None = None) -> None:
+    """Writes reports/comparison/ from the finished runs and prints the summaries.
+
+    `groups` limits it to some of compute, samples and ablations; by default all that have a finished run.
+
+    Raises:
+        UserError: params.yaml names no comparison, no run is finished, or runs do not belong together.
+    """
+    settings = compare_settings()
+    if unknown := sorted(set(groups or ()) - set(GROUPS)):
+        raise UserError(f"there is no group '{unknown[0]}'; choose {', '.join(GROUPS)}")
+    reference = finished([Run("compute", settings.recipes[0], seed) for seed in settings.seeds])
+    views = {group: _view(settings, group, reference) for group in groups or GROUPS}
+    views = {name: view for name, view in views.items() if groups or len(view) > 1}
+    with whole_folder(REPORT) as folder:
+        _write_csv(folder / "runs.csv", [row for view in views.values() for row in _run_rows(view)])
+        _write_csv(folder / "summary.csv", [row for name, view in views.items() for row in _summary_rows(name, view)])
+        _write_csv(folder / "curves.csv", [row for view in views.values() for row in _curve_rows(view)])
+        write_whole(folder / "index.html", _page(settings, views))
+    console = Console()
+    for name, view in views.items():
+        console.print(summary_table(TITLES[name], view))
+    console.print(f"The report is {REPORT / 'index.html'}")
+
+
+def _view(settings: CompareSettings, group: str, reference: list[Result]) -> list[Summary]:
+    """The summaries of a group; the reference comes first, whose compute and samples are everybody's."""
+    own = [run for run in planned(settings, group) if run.recipe != settings.recipes[0]]
+    results = finished([*(result.run for result in reference), *own])
+    return summarise(results, reference)
+
+
+def summary_table(title: str, view: list[Summary]) -> Table:
+    """Accuracy and lead over the reference as a table for the terminal."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("recipe")
+    for name in ("exact match", "95 %", "lead", "95 %", "p (Holm)", "TFLOP", "steps"):
+        table.add_column(name, justify="right")
+    for summary in view:
+        own, lead = summary.accuracy[ALL], summary.lead.get(ALL)
+        leads = ("", "", "")
+        if lead:
+            leads = (f"{lead.mean:+.3f}", f"{lead.low:+.3f} … {lead.high:+.3f}", f"{summary.p_adjusted:.3f}")
+        steps = "+".join(str(count) for count in summary.results[0].steps.values())
+        cost = f"{summary.mean('total_flops') / TERA:.1f}"
+        table.add_row(summary.recipe, f"{own.mean:.3f}", f"{own.low:.3f} … {own.high:.3f}", *leads, cost, steps)
+    return table
+
+
+def _page(settings: CompareSettings, views: dict[str, list[Summary]]) -> str:
+    environment = Environment(
+        loader=PackageLoader("haplovl.comparison", "."), undefined=StrictUndefined, autoescape=True, trim_blocks=True
+    )
+    sections = [
+        {
+            "name": name,
+            "title": TITLES[name],
+            "summaries": view,
+            "kinds": [*(kind for kind in view[0].accuracy if kind != ALL), ALL],
+            "accuracy": _uri(accuracy_chart(view)),
+            "leads": _uri(lead_chart(view, settings.recipes[0])) if len(view) > 1 else None,
+            "curves": _uri(learning_curves(view)),
+            "curves_with_teachers": _uri(learning_curves(view, with_teachers=True)) if name == "compute" else None,
+            "missing": _missing(settings, name, view),
+        }
+        for name, view in views.items()
+    ]
+    return environment.get_template("report.html.j2").render(
+        sections=sections, reference=settings.recipes[0], seeds=settings.seeds, all=ALL, tera=TERA
+    )
+
+
+def _missing(settings: CompareSettings, group: str, view: list[Summary]) -> list[str]:
+    """Runs of the group that are not finished."""
+    done = {(result.run.recipe, result.run.seed) for summary in view for result in summary.results}
+    return [f"{run.recipe}-{run.seed}" for run in planned(settings, group) if (run.recipe, run.seed) not in done]
+
+
+def _uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _run_rows(view: list[Summary]) -> Iterator[dict[str, Any]]:
+    for summary in view:
+        for result in summary.results:
+            kinds = sorted(set(result.kinds))
+            accuracy = {
+                kind: round(float(result.correct[[own == kind for own in result.kinds]].mean()), 4) for kind in kinds
+            }
+            yield {
+                "group": result.run.group,
+                "recipe": result.run.recipe,
+                "seed": result.run.seed,
+                ALL: round(float(result.correct.mean()), 4),
+                **accuracy,
+                **{f"{stage}_steps": steps for stage, steps in result.steps.items()},
+                **{f"{stage}_flops": flops for stage, flops in result.flops.items()},
+                "teachers_flops": summary.teachers_flops,
+                "records": result.records,
+                **{name: round(result.measured.get(name, float("nan")), 4) for name in MEASURED},
+            }
+
+
+MEASURED = ("step_seconds", "tokens_per_s", "memory_gib")
+
+
+def _summary_rows(group: str, view: list[Summary]) -> Iterator[dict[str, Any]]:
+    for summary in view:
+        for kind, own in summary.accuracy.items():
+            lead = summary.lead.get(kind)
+            yield {
+                "group": group,
+                "recipe": summary.recipe,
+                "type": kind,
+                "questions": own.questions,
+                "seeds": own.seeds,
+                "accuracy": round(own.mean, 4),
+                "low": round(own.low, 4),
+                "high": round(own.high, 4),
+                "lead": round(lead.mean, 4) if lead else "",
+                "lead_low": round(lead.low, 4) if lead else "",
+                "lead_high": round(lead.high, 4) if lead else "",
+                "p_value": round(lead.p_value, 5) if lead else "",
+            }
+
+
+def _curve_rows(view: list[Summary]) -> Iterator[dict[str, Any]]:
+    for summary in view:
+        for result in summary.results:
+            for spent, loss in result.curve:
+                run = result.run
+                yield {
+                    "group": run.group,
+                    "recipe": run.recipe,
+                    "seed": run.seed,
+                    "flops": spent,
+                    "held_out_loss": loss,
+                }

@@ -1,0 +1,167 @@
+"""What the comparison's runs came to: read from their folders, and refused where they do not belong together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from haplovl.comparison.recipes import load_recipe
+from haplovl.comparison.runs import STAGES, Run
+from haplovl.errors import UserError
+from haplovl.evaluate.statistics import Difference, Interval, hierarchical_interval, holm, paired_difference
+from haplovl.files import TEACHERS, read_json, read_jsonl
+
+ALL = "all"
+"""Name of all question types together."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run.
+
+    `correct` [questions] is in the order of `kinds`; `curve` are points of operations spent so far, stage 1 included,
+    and the held-out loss of stage 2 at them; `measured` is what the machine decided (seconds of a step, memory in
+    GiB), empty where the run's own log is gone.
+    """
+
+    run: Run
+    correct: np.ndarray
+    kinds: tuple[str, ...]
+    digest: str
+    steps: dict[str, int]
+    flops: dict[str, float]
+    records: int
+    curve: list[tuple[float, float]]
+    measured: dict[str, float]
+
+    @property
+    def total_flops(self) -> float:
+        """Of both stages, with the forward passes of frozen teachers."""
+        return sum(self.flops.values())
+
+    @classmethod
+    def read(cls, run: Run) -> "Result":
+        """Reads a run's folder.
+
+        Raises:
+            UserError: it is not trained or not evaluated, or a file is damaged.
+        """
+        metrics = read_json(run.folder / "metrics/evaluation.json")
+        rows = sorted(read_jsonl(run.folder / "reports/evaluation/predictions.jsonl"), key=lambda row: row["id"])
+        logs = {stage: read_jsonl(run.folder / f"models/{stage}/training_log.jsonl") for stage in STAGES}
+        flops = {stage: float(sum(row["flops"] for row in log)) for stage, log in logs.items()}
+        spent, curve = flops["stage1"], []
+        for row in logs["stage2"]:
+            spent += row["flops"]
+            if "validation_loss" in row:
+                curve.append((spent, row["validation_loss"]))
+        return cls(
+            run,
+            np.array([row["correct"] for row in rows], dtype=float),
+            tuple(row["kind"] for row in rows),
+            metrics["data"]["sha256"],
+            {stage: len(log) for stage, log in logs.items()},
+            flops,
+            sum(row["records"] for log in logs.values() for row in log),
+            curve,
+            _measured(run.folder),
+        )
+
+
+def _measured(folder: Path) -> dict[str, float]:
+    """Median seconds and supervised tokens per second of stage 2's steps, and the most memory a stage had."""
+    logs = {stage: sorted((folder / "runs/training").glob(f"{stage}-*/log.jsonl")) for stage in STAGES}
+    rows = {stage: read_jsonl(paths[-1]) for stage, paths in logs.items() if paths}
+    if not rows.get("stage2"):
+        return {}
+    return {
+        "step_seconds": median(row["seconds"] for row in rows["stage2"]),
+        "tokens_per_s": median(row["tokens_per_s"] for row in rows["stage2"]),
+        "memory_gib": max(row["memory_gib"] for log in rows.values() for row in log),
+    }
+
+
+def finished(runs: list[Run]) -> list[Result]:
+    """The runs that are evaluated, in their order.
+
+    Raises:
+        UserError: none is, or they answered different questions.
+    """
+    results = [Result.read(run) for run in runs if (run.folder / "metrics/evaluation.json").is_file()]
+    if not results:
+        raise UserError("no run of the comparison is finished yet; 'make compare' makes them")
+    for result in results:
+        if result.digest != results[0].digest:
+            raise UserError(
+                f"{result.run.folder} and {results[0].run.folder} were tested on different questions (digests "
+                f"{result.digest[:12]} and {results[0].digest[:12]}); evaluate both again, on the same data"
+            )
+    return results
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A recipe over its seeds: accuracy by question type with 95 % intervals, and its lead over the reference."""
+
+    recipe: str
+    results: list[Result]
+    accuracy: dict[str, Interval]
+    lead: dict[str, Difference]
+    p_adjusted: float | None
+    """p-value of the lead over all questions, adjusted for the number of recipes compared (Holm)."""
+    teachers_flops: float
+    """Training of the teachers that the recipe needs, as far as it was counted (those trained here)."""
+
+    def mean(self, name: str) -> float:
+        """Mean over the seeds of a number of the results."""
+        return float(np.mean([getattr(result, name) for result in self.results]))
+
+    def mean_measured(self, name: str) -> float | None:
+        """Mean over the seeds of what the machine decided; None where no run has it."""
+        values = [result.measured[name] for result in self.results if name in result.measured]
+        return float(np.mean(values)) if values else None
+
+
+def summarise(results: list[Result], reference: list[Result]) -> list[Summary]:
+    """One summary per recipe, in the order of the results; leads are over the runs of `reference`."""
+    recipes = list(dict.fromkeys(result.run.recipe for result in results))
+    by_recipe = {name: [result for result in results if result.run.recipe == name] for name in recipes}
+    own = reference[0].run.recipe
+    leads = {name: _leads(found, reference) for name, found in by_recipe.items() if name != own}
+    adjusted = dict(zip(leads, holm([lead[ALL].p_value for lead in leads.values()]), strict=True)) if leads else {}
+    return [
+        Summary(name, found, _accuracies(found), leads.get(name, {}), adjusted.get(name), teachers_flops(found[0].run))
+        for name, found in by_recipe.items()
+    ]
+
+
+def _accuracies(results: list[Result]) -> dict[str, Interval]:
+    return {kind: hierarchical_interval(_answers(results, kind)) for kind in _kinds(results[0])}
+
+
+def _leads(results: list[Result], reference: list[Result]) -> dict[str, Difference]:
+    return {
+        kind: paired_difference(_answers(results, kind), _answers(reference, kind)) for kind in _kinds(results[0])
+    }  # fmt: skip
+
+
+def _kinds(result: Result) -> list[str]:
+    return [*sorted(set(result.kinds)), ALL]
+
+
+def _answers(results: list[Result], kind: str) -> np.ndarray:
+    """[seeds, questions of this kind]."""
+    chosen = np.array([kind in (ALL, own) for own in results[0].kinds])
+    return np.stack([result.correct[chosen] for result in results])
+
+
+def teachers_flops(run: Run) -> float:
+    """Operations of training the teachers that a recipe starts from or learns from; hub models count nothing here."""
+    lineage: dict[str, Any] = read_json(TEACHERS / "teachers.json")
+    name = f"ablations/{run.recipe}" if run.group == "ablations" else run.recipe
+    params = load_recipe(name)
+    sees = params.model.fusion != "patches"  # raw patches inherit nothing from a vision teacher
+    used = ["language", *(["vision"] if sees else [])]
+    return float(sum(lineage[teacher].get("training_flops", 0) for teacher in used))

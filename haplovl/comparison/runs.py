@@ -1,0 +1,102 @@
+"""One run of the comparison: a folder like a project of its own, that shares data and teachers with this one.
+
+`comparison/GROUP/RECIPE-SEED/` holds the run's params.yaml, models, metrics and predictions; links lead to the data and
+the teachers. In it the ordinary commands run: whatever a recipe shows here, it shows in a project of its own.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from haplovl.comparison.budget import matched
+from haplovl.comparison.recipes import load_recipe, write_params
+from haplovl.errors import UserError
+from haplovl.files import PREPARED, TEACHERS, require
+from haplovl.settings import CompareSettings, load_params
+
+COMPARISON = Path("comparison")
+GROUPS = ("compute", "samples", "ablations")
+SHARED = ("data", "infra", str(TEACHERS))
+STAGES = ("stage1", "stage2")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe trained with a seed. `group` says on which terms: equal compute, equal samples, or an ablation."""
+
+    group: str
+    recipe: str
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Where it lives."""
+        return COMPARISON / self.group / f"{self.recipe}-{self.seed}"
+
+
+def compare_settings() -> CompareSettings:
+    """The section `compare` of params.yaml.
+
+    Raises:
+        UserError: there is none.
+    """
+    settings = load_params().compare
+    if settings is None:
+        raise UserError("params.yaml has no section 'compare': it names the recipes and seeds to be compared")
+    return settings
+
+
+def planned(settings: CompareSettings, group: str) -> list[Run]:
+    """All runs of a group; in `samples`, the first recipe of the comparison is the one of `compute`."""
+    recipes = {"compute": settings.recipes, "samples": settings.samples, "ablations": settings.ablations}[group]
+    return [Run(group, recipe, seed) for recipe in recipes for seed in settings.seeds]
+
+
+def train(run: Run) -> None:
+    """Trains both stages in the run's folder; what is there already goes on or is kept by the commands themselves.
+
+    Raises:
+        UserError: inputs are missing, the recipe is wrong, or a stage fails.
+    """
+    if run.group not in GROUPS:
+        raise UserError(f"there is no group '{run.group}'; choose {', '.join(GROUPS)}")
+    require(PREPARED / "manifest.json", "prepare")
+    require(TEACHERS, "teachers")
+    reference = load_recipe(compare_settings().recipes[0], run.seed)
+    params = load_recipe(f"ablations/{run.recipe}" if run.group == "ablations" else run.recipe, run.seed)
+    try:
+        params = matched(params, reference, "samples" if run.group == "samples" else "compute")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    write_params(params, run.folder / "params.yaml")
+    _link_shared(run.folder)
+    for stage in STAGES:
+        _command(run, "train", stage)
+
+
+def evaluate(run: Run) -> None:
+    """Answers the held-out questions, and probes stage 1 where the recipe has one.
+
+    Raises:
+        UserError: the run is not trained, or a command fails.
+    """
+    require(run.folder / "models" / "stage2", f"compare train {run.group} {run.recipe} {run.seed}")
+    _link_shared(run.folder)
+    _command(run, "evaluate")
+
+
+def _link_shared(folder: Path) -> None:
+    """Links what all runs share; relative, so that the project may move."""
+    for name in SHARED:
+        link = folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(name, link.parent), target_is_directory=True)
+
+
+def _command(run: Run, *words: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "haplovl", *words], cwd=run.folder)
+    if done.returncode:
+        raise UserError(f"'haplovl {' '.join(words)}' failed in {run.folder} (exit code {done.returncode})")
