@@ -157,7 +157,7 @@ class HaploImageProcessor(BaseImageProcessor):
                 raise ImageError(f"video {number + 1} of {len(videos)} has no frames")
             for i, frame in enumerate(video):
                 try:
-                    self._normalise(self._frame(self._rgb(frame)), pixels[number, i])
+                    self._normalise(self._whole_tile(self._frame(self._rgb(frame))), pixels[number, i])
                 except ImageError as error:
                     raise ImageError(f"video {number + 1} of {len(videos)}, frame {i + 1}: {error}") from None
         counts = np.array([len(video) for video in videos])
@@ -178,24 +178,20 @@ class HaploImageProcessor(BaseImageProcessor):
             return picture.resize(placed.size[::-1], Image.Resampling.BICUBIC), placed.grid
         return self._paste(picture, placed), placed.grid
 
-    @property
-    def tile_side(self) -> int:
-        """Side of a tile in pixels: image_size, or patch_size with the tiling "native"."""
-        return self.patch_size if self.tiling == "native" else self.image_size
-
     def _cut(self, canvas: Image.Image, grid: ImageGrid, tiles: np.ndarray) -> None:
         """Cuts the canvas into its tiles, row by row, and writes their pixels into `tiles` [T, 3, s, s]."""
         side = self.tile_side
-        if self.tiling == "native":  # a tile is a patch, of which there are too many to handle one by one
-            whole = np.empty((3, canvas.height, canvas.width), dtype=np.float32)
-            self._write_pixels(canvas, whole)
-            patches = whole.reshape(3, grid.tile_rows, side, grid.tile_columns, side).transpose(1, 3, 0, 2, 4)
-            tiles[:] = patches.reshape(tiles.shape)
+        if self.tiling == "native":  # tiles of a patch, hundreds of them: all at once
+            planes = np.empty((3, canvas.height, canvas.width), dtype=np.float32)
+            self._normalise(canvas, planes)
+            cut = planes.reshape(3, grid.tile_rows, side, grid.tile_columns, side).transpose(1, 3, 0, 2, 4)
+            tiles.reshape(cut.shape)[...] = cut
             return
         for number, pixels in enumerate(tiles):
             top, left = number // grid.tile_columns * side, number % grid.tile_columns * side
             box = (left, top, min(left + side, canvas.width), min(top + side, canvas.height))
-            self._normalise(canvas if box == (0, 0, *canvas.size) else canvas.crop(box), pixels)
+            tile = canvas if box == (0, 0, *canvas.size) else canvas.crop(box)
+            self._normalise(self._whole_tile(tile), pixels)
 
     def _paste(self, picture: Image.Image, placed: Placement) -> Image.Image:
         """The picture, resized, on a canvas of whole tiles."""
@@ -226,14 +222,18 @@ class HaploImageProcessor(BaseImageProcessor):
         red, green, blue = (round(255 * mean) for mean in self.image_mean)
         return red, green, blue
 
-    def _normalise(self, tile: Image.Image, pixels: np.ndarray) -> None:
-        """Writes the pixels of one tile into `pixels` [3, s, s]."""
-        if tile.size != (self.image_size, self.image_size):
-            tile = tile.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        self._write_pixels(tile, pixels)
+    @property
+    def tile_side(self) -> int:
+        """Pixels along a side of a picture's tile."""
+        return self.patch_size if self.tiling == "native" else self.image_size
 
-    def _write_pixels(self, picture: Image.Image, pixels: np.ndarray) -> None:
-        """Writes normalised pixels into `pixels` [3, H, W], a plane at a time: it stays in the cache."""
+    def _whole_tile(self, tile: Image.Image) -> Image.Image:
+        """A tile of image_size pixels, stretched where it has others."""
+        size = (self.image_size, self.image_size)
+        return tile if tile.size == size else tile.resize(size, Image.Resampling.BICUBIC)
+
+    def _normalise(self, picture: Image.Image, pixels: np.ndarray) -> None:
+        """Writes the pixels of a picture into `pixels` [3, H, W], a plane at a time: it stays in the cache."""
         for plane, channel, mean, std in zip(pixels, picture.split(), self.image_mean, self.image_std, strict=True):
             np.divide(np.asarray(channel), np.float32(255), out=plane, dtype=np.float32)
             plane -= np.float32(mean)
