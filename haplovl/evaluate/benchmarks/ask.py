@@ -149,4 +149,6 @@ def summary(benchmark: Benchmark, result: dict[str, Any]) -> str:
 def _figure(value: Any) -> str:
     if isinstance(value, dict):
         return "(" + ", ".join(f"{name} {_figure(found)}" for name, found in value.items()) + ")"
+    if value is None:
+        return "undefined"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
