@@ -260,7 +260,10 @@ def test_a_linear_map_finds_what_is_there_and_nothing_else():
 
 
 # --- its files -----------------------------------------------------------------------------------------------------
-def test_the_same_bytes_twice_and_a_page_that_needs_nothing_else(project, params, clip, language, processor, capsys):
+def test_the_same_bytes_twice_and_a_page_that_needs_nothing_else(
+    project, params, clip, language, processor, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")  # room for whole names
     save_stage1(clip, language, processor)
     params = params.model_copy(update={"recipe": "<b>mine</b>"})
 
