@@ -1,17 +1,22 @@
 # make pipeline   everything: .venv, then the Prefect flow over all stages of dvc.yaml, then the version
 # make compare    recipes on equal terms, then reports/comparison/;  make ablations  single switches
-# make test       the fast tests;  make test-slow  drills that take minutes
+# make test       the fast tests;  make test-slow  drills that take minutes;  make test-harness  through lmms-eval
+# make eval-env   .venv-eval: lmms-eval, for published benchmarks; docs/benchmarks.md says how for GPUs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+EVAL_VENV := .venv-eval
+EVAL_BIN := $(EVAL_VENV)/bin
+EVAL_READY := $(EVAL_VENV)/.ready
+EVAL_TORCH ?= torch==2.13.0
 EXTRAS := train,data,pipeline,report,test
 # HAPLOVL_COMPUTE or COMPUTE=NAME picks a profile of infra/compute/.
 COMPUTE ?= $(or $(HAPLOVL_COMPUTE),laptop)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: pipeline compare ablations test test-slow lint venv clean
+.PHONY: pipeline compare ablations test test-slow test-harness lint venv eval-env clean
 .DEFAULT_GOAL := pipeline
 
 pipeline: $(READY)
@@ -22,12 +27,16 @@ compare ablations: $(READY)
 	@$(BIN)/python -m flows.compare $@ $(if $(JOBS),--jobs $(JOBS))
 
 test: $(READY)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow and not harness"
 	@echo "make test: all fast tests passed"
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow
 	@echo "make test-slow: all slow tests passed"
+
+test-harness: $(READY) $(EVAL_READY)
+	@$(BIN)/python -m pytest -m harness
+	@echo "make test-harness: lmms-eval ran all eleven benchmarks"
 
 lint: $(READY)
 	@$(BIN)/ruff check .
@@ -43,7 +52,17 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
+eval-env: $(EVAL_READY)
+
+$(EVAL_READY): pyproject.toml constraints-eval.txt
+	@test -x $(EVAL_BIN)/python || $(PYTHON) -m venv $(EVAL_VENV)
+	@echo "installing lmms-eval into $(EVAL_VENV) (minutes the first time) ..."
+	@$(EVAL_BIN)/python -m pip install --quiet -c constraints-eval.txt $(EVAL_TORCH)
+	@$(EVAL_BIN)/python -m pip install --quiet --no-deps -r constraints-eval.txt
+	@$(EVAL_BIN)/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
 # Removes what can be made again by anyone: not the data, the models or the training state.
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(EVAL_VENV) *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from haplovl.errors import UserError
 from haplovl.evaluate.answer import Confidence, load_model, one_line
 from haplovl.model.generation import context_of
-from haplovl.model.processing import IMAGE_TOKEN, VIDEO_TOKEN
+from haplovl.model.processing import VIDEO_TOKEN, reserved_words
 from haplovl.model.videos import read_frames
 from haplovl.pictures import ImageError, open_image
 
@@ -90,7 +90,7 @@ class Chat:
         """Raises UserError where the system text holds special tokens."""
         self.model, self.processor = model, processor
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        self.special = _special_tokens(processor.tokenizer)
+        self.special = reserved_words(processor.tokenizer)
         self.system = self._plain(system)
         self.reset()
 
@@ -252,9 +252,3 @@ def ask(
     chat = Chat(model, processor, max_new_tokens=max_new_tokens)
     reply = chat.say(question, media, logits_processor=LogitsProcessorList([noted]))
     return reply, torch.cat(noted.steps).mean().item()
-
-
-def _special_tokens(tokenizer: Any) -> list[str]:
-    """Strings that the tokenizer reads as one special token, and the placeholders that the processor looks for."""
-    own = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted(own | {IMAGE_TOKEN, VIDEO_TOKEN})

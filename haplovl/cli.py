@@ -3,12 +3,14 @@
 Every command imports what it needs when it runs, so that `haplovl --help` answers at once.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from haplovl.cli_evidence import evidence
+from haplovl.cli_options import Images, MaxNewTokens, Model, Videos, only_errors_of_transformers
 
 app = typer.Typer(
     help="Train, evaluate and register your own single-transformer vision-language model.",
@@ -45,7 +47,7 @@ def inspect(
     output: Annotated[Path | None, typer.Option(help="Write the tiled pictures to this PNG file.")] = None,
 ) -> None:
     """Show a record as the model will see it, tokens that carry loss in green; or why it was refused."""
-    _only_errors_of_transformers()
+    only_errors_of_transformers()
     from haplovl.inspection import inspect
     from haplovl.settings import load_params
 
@@ -99,7 +101,7 @@ def train(
 ) -> None:
     """Train one stage; a killed run continues from its last checkpoint."""
     # The teachers are whole by now: transformers' notes on loading (a CLIP's unused text tower) tell nothing new.
-    _only_errors_of_transformers()
+    only_errors_of_transformers()
     from haplovl.settings import load_compute, load_params
 
     if overfit is not None:
@@ -127,7 +129,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")] = False,
 ) -> None:
     """Tell what training will need and cost: memory for every ZeRO stage, time and price. Needs no data or weights."""
-    _only_errors_of_transformers()
+    only_errors_of_transformers()
     from haplovl.settings import load_compute, load_params
     from haplovl.train.plan_table import print_plan
 
@@ -138,9 +140,12 @@ def plan(
 def evaluate() -> None:
     """Answer the held-out questions and write metrics and the report."""
     from haplovl.evaluate.runner import evaluate
+    from haplovl.evaluate.tracked import log_evaluation
     from haplovl.settings import load_params
 
-    evaluate(load_params())
+    params = load_params()
+    evaluate(params)
+    log_evaluation(params)
 
 
 @app.command()
@@ -184,12 +189,6 @@ def of(
     print_seen(version, as_json)
 
 
-Model = Annotated[Path, typer.Option(help="A trained model's folder.")]
-Images = Annotated[list[Path] | None, typer.Option(help="An image file; repeat it for several.")]
-Videos = Annotated[list[Path] | None, typer.Option(help="A video file; repeat it for several.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-
-
 @app.command()
 def ask(
     question: Annotated[str, typer.Argument(help="The question, in quotes; - reads it from standard input.")],
@@ -200,7 +199,7 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")] = False,
 ) -> None:
     """Ask a trained model one question about pictures and videos."""
-    _only_errors_of_transformers()
+    only_errors_of_transformers()
     from haplovl.terminal import ask
 
     ask(model, question, image or [], video or [], max_new_tokens, as_json)
@@ -219,7 +218,7 @@ def chat(
     ] = None,
 ) -> None:
     """Talk with a trained model about pictures and videos; from a pipe, one message or command per line."""
-    _only_errors_of_transformers()
+    only_errors_of_transformers()
     from haplovl.terminal import talk
 
     if not talk(model, image or [], video or [], system, temperature, max_new_tokens, seed):
@@ -232,7 +231,7 @@ def import_released(
     target: Annotated[Path, typer.Argument(help="The folder to write.")],
 ) -> None:
     """Turn a released HaploVL checkpoint into one of ours."""
-    _only_errors_of_transformers()
+    only_errors_of_transformers()
     from haplovl.errors import UserError
     from haplovl.model.import_released import import_released
 
@@ -248,7 +247,7 @@ def export_released(
     target: Annotated[Path, typer.Argument(help="The folder to write.")],
 ) -> None:
     """Write a model of ours in the layout of the authors' release; what that cannot hold is refused by name."""
-    _only_errors_of_transformers()
+    only_errors_of_transformers()
     from haplovl.errors import UserError
     from haplovl.model.export_released import export_released
 
@@ -258,40 +257,7 @@ def export_released(
         raise UserError(str(error)) from None
 
 
-comparison = typer.Typer(help="Single runs of `make compare` and `make ablations`.", no_args_is_help=True)
-app.add_typer(comparison, name="comparison")
-Group = Annotated[str, typer.Argument(help="compute (as much as the first recipe), samples (as many), or ablations.")]
-Recipe = Annotated[str, typer.Argument(help="A file of recipes/, without .yaml.")]
-Seed = Annotated[int, typer.Argument(help="Moves the order of the data and what is drawn at random.")]
-
-
-@comparison.command(name="train")
-def comparison_train(group: Group, recipe: Recipe, seed: Seed) -> None:
-    """Train a recipe in a folder of its own, with as many steps as its terms allow."""
-    _only_errors_of_transformers()
-    from haplovl.comparison.runs import Run, train
-
-    train(Run(group, recipe, seed))
-
-
-@comparison.command(name="evaluate")
-def comparison_evaluate(group: Group, recipe: Recipe, seed: Seed) -> None:
-    """Evaluate a trained run in its folder."""
-    from haplovl.comparison.runs import Run, evaluate
-
-    evaluate(Run(group, recipe, seed))
-
-
-@comparison.command(name="report")
-def comparison_report(
-    group: Annotated[
-        list[str] | None, typer.Argument(help="compute, samples, ablations; default: all finished.")
-    ] = None,
-) -> None:
-    """Write reports/comparison/ from the runs that are finished."""
-    from haplovl.comparison.report import write_report
-
-    write_report(group)
+app.add_typer(evidence)
 
 
 @app.command()
@@ -302,20 +268,14 @@ def preset(name: Annotated[str | None, typer.Argument(help="A file of params/, w
     print("\n".join(list_presets()) if name is None else use_preset(name))
 
 
-def _only_errors_of_transformers() -> None:
-    """Must run before transformers is imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
 def main() -> None:
     """Runs the command; an error meant for the user ends it with one sentence and exit code 1."""
-    from haplovl.errors import UserError
+    from haplovl.errors import UserError, printable
 
     try:
         app()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     except OSError as error:
         if error.errno is None:
             raise

@@ -16,6 +16,8 @@ QUARANTINE = Path("data/quarantine")
 PREPARED = Path("data/prepared")
 TEACHERS = Path("models/teachers")
 STAGE1 = Path("models/stage1")
+HEADS = "heads.safetensors"
+"""The two heads that stage 1 trains and stage 2 drops, beside the model in STAGE1; `haplovl probe` needs them."""
 STAGE2 = Path("models/stage2")
 REPORTS = Path("reports")
 DATA_PROFILE = REPORTS / "data_profile.json"
@@ -26,6 +28,8 @@ METRICS = Path("metrics")
 CANDIDATE = Path("candidate")
 RUNS = Path("runs")
 """Training state and logs: outside the DVC outs, so that a killed run finds its state again."""
+RUN_FILE = "run.json"
+"""Beside the results of a run: what they were made of (`haplovl.tracking.description`)."""
 
 
 @contextmanager

@@ -13,13 +13,12 @@ from rich.text import Text
 from haplovl.data.conversation import TEMPLATES, encode, segments
 from haplovl.data.media import Media
 from haplovl.data.validated import ValidatedRecord, find_validated
-from haplovl.errors import UserError
+from haplovl.errors import UserError, printable
 from haplovl.files import PREPARED, QUARANTINE, RAW, TEACHERS, VALIDATED
 from haplovl.model import HaploProcessor
 from haplovl.pictures import ImageError
 from haplovl.records import Record, RecordError, parse_record
 from haplovl.settings import Params
-from haplovl.terminal import printable
 
 SUPERVISED, GIVEN, PLACE = ("bold green", "bold bright_green"), ("default", "dim"), "cyan"
 """Styles of tokens with and without loss, two of each so that neighbours can be told apart, and of pictures."""

@@ -48,15 +48,15 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return decode_bytes(read_image_file(path), max_pixels)
 
 
-def decode_bytes(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The content of an image file as `open_image` gives it.
+def decode_bytes(data: bytes, max_pixels: int = MAX_PIXELS, keep_hidden: bool = False) -> Image.Image:
+    """The content of an image file as `open_image` gives it; `keep_hidden` as in `to_rgb`.
 
     Raises:
         ImageError: 0 bytes, not an image of a known format, more than `max_pixels` by its header (decided before any
             pixel is allocated), without pixels, truncated or damaged, or of a pixel type without a defined range.
     """
     with _read_header(data, max_pixels) as image:
-        rgb = _decoded(image, max_pixels, keep_hidden=False)
+        rgb = _decoded(image, max_pixels, keep_hidden)
     rgb.info.clear()
     return rgb
 
@@ -104,8 +104,8 @@ def as_picture(picture: Any, max_pixels: int = MAX_PIXELS, keep_hidden: bool = F
         except ImageError as error:
             raise ImageError(f"{str(picture):.200}: {error}") from None
     if isinstance(picture, (bytes, bytearray)):
-        picture = _read_header(bytes(picture), max_pixels)
-    elif not isinstance(picture, Image.Image):
+        return decode_bytes(bytes(picture), max_pixels, keep_hidden)
+    if not isinstance(picture, Image.Image):
         picture = _from_array(picture)
     return to_rgb(picture, max_pixels, keep_hidden)
 

@@ -221,7 +221,9 @@ def _read_json(path: Path) -> Iterator[RawItem]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         text = _Window(file)
         if text.peek() != "[":
-            yield RawItem(path.name, 0, error="the file must hold a JSON list of records", raw=text.shown())
+            what = "the file is empty; it" if not text.peek() else "the file"
+            hint = "; records line by line belong into a .jsonl file" if text.peek() == "{" else ""
+            yield RawItem(path.name, 0, error=f"{what} must hold a JSON list of records{hint}", raw=text.shown())
             return
         text.take()
         index, opening = 0, None

@@ -87,11 +87,28 @@ class TeachersSettings(Strict):
     language: HubTeacher | FolderTeacher | TrainedLanguageTeacher = Field(discriminator="kind")
 
 
-# --- evaluate, register ---------------------------------------------------------------------------------------------
+# --- probe, evaluate, register --------------------------------------------------------------------------------------
+class ProbeSettings(Strict):
+    """How stage 1 is measured on its own; see docs/probe.md."""
+
+    records: PositiveInt = 400
+    """Held-out records that are read, and held-out pictures that are compared with the teacher."""
+    zero_shot_pictures: PositiveInt = 960
+    """Pictures that are classified, spread evenly over their classes."""
+    fit_pictures: PositiveInt = 2000
+    """Training pictures on which a linear map from our class tokens to the teacher's is fitted."""
+    imagenet: str | None = None
+    """A folder with `val/CLASS/*.JPEG` and the classes' names, to classify as well."""
+    batch: PositiveInt = 64
+
+
 class EvaluateSettings(Strict):
     questions_per_type: PositiveInt = 200
     max_new_tokens: PositiveInt = 8
     batch: PositiveInt = 128
+    """Most questions, and pictures of as many, that are computed at once."""
+    batch_tokens: PositiveInt = 16384
+    """Most tokens, with padding, that are computed at once; long prompts make smaller batches."""
     samples_in_report: PositiveInt = 30
 
 
@@ -130,6 +147,7 @@ class Params(Strict):
     prepare: PrepareSettings
     stage1: Stage1Settings
     stage2: Stage2Settings
+    probe: ProbeSettings = ProbeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     register_: RegisterSettings = Field(default=RegisterSettings(), alias="register")
     compare: CompareSettings | None = None

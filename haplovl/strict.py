@@ -73,7 +73,9 @@ def _explain(path: Path, kind: type[Strict], error: Any, data: dict) -> str:
     if error["type"] == "missing":
         return f"{path}: '{name}' is missing"
     given = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
-    return f"{path}: '{name}': {error['msg'][0].lower()}{error['msg'][1:]}{given}"
+    message = error["msg"].removeprefix("Value error, ")
+    place = f"{path}: '{name}'" if name else str(path)  # a rule between sections names them itself
+    return f"{place}: {message[0].lower()}{message[1:]}{given}"
 
 
 TAGS = ("kind", "format", "objective")

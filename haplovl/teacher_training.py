@@ -107,7 +107,7 @@ def train_tokenizer(texts: list[str], vocabulary: int, template: str) -> PreTrai
 
 
 def train_vision(params: Params, data: Path, tokenizer: PreTrainedTokenizerBase, target: Path) -> dict[str, Any]:
-    """Trains a small CLIP on pairs of a training picture and its caption and saves the whole of it."""
+    """Trains a small CLIP on pairs of a training picture and its caption and saves it whole, with its tokenizer."""
     settings = params.teachers.vision
     seed_everything(params.seed + 1)
     pairs = list(_captioned(data))
@@ -129,6 +129,7 @@ def train_vision(params: Params, data: Path, tokenizer: PreTrainedTokenizerBase,
 
     final, flops = _train("vision teacher", model, settings, len(pairs), loss, params.seed, settings.group)
     model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
     return {
         "kind": "train",
         "parameters": model.vision_model.num_parameters(),

@@ -1,7 +1,8 @@
 """The two frozen teachers: fetched at a pinned revision, taken from a folder, or small ones trained here.
 
 Whatever their origin, they end as `models/teachers/vision` and `models/teachers/language` (safetensors), with the
-processor that the model will use in `models/teachers/processor` and their lineage in `teachers.json`.
+processor that the model will use in `models/teachers/processor` and their lineage in `teachers.json`. A CLIP is kept
+whole, with its text tower and its tokenizer: `haplovl probe` classifies with them.
 """
 
 import os
@@ -15,11 +16,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    CLIPModel,
     CLIPVisionModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     SiglipVisionModel,
 )
+from transformers.utils import cached_file
 
 from haplovl.data.conversation import TEMPLATES
 from haplovl.errors import UserError
@@ -131,8 +134,25 @@ def _take_vision(source: HubTeacher | FolderTeacher, target: Path) -> dict[str, 
     except ValueError as error:
         raise UserError(f"teachers.vision: {error}") from None
     cls = CLIPVisionModel if kind == "clip_vision_model" else SiglipVisionModel
-    _load_whole(cls, place, options).save_pretrained(target)
+    teacher = _load_whole(cls, place, options)
+    if config.model_type == "clip":
+        teacher = _with_text_tower(place, options) or teacher
+        _take_clip_tokenizer(place, options, target)
+    teacher.save_pretrained(target)
     return lineage
+
+
+def _with_text_tower(place: str, options: dict[str, Any]) -> CLIPModel | None:
+    """The CLIP with both towers and projections; None where the file holds no more than its vision tower."""
+    model, info = _load(lambda: CLIPModel.from_pretrained(place, output_loading_info=True, **options), place)
+    return None if info["missing_keys"] else model
+
+
+def _take_clip_tokenizer(place: str, options: dict[str, Any], target: Path) -> None:
+    """Saves the CLIP's own tokenizer, where it comes with one; that of the language teacher knows other words."""
+    asked = {**options, "_raise_exceptions_for_missing_entries": False}
+    if _load(lambda: cached_file(place, "tokenizer_config.json", **asked), place) is not None:
+        _load(lambda: AutoTokenizer.from_pretrained(place, **options), place).save_pretrained(target)
 
 
 def _take_language(

@@ -1,7 +1,6 @@
 """`haplovl ask` and `haplovl chat` as people and scripts see them: lines in, answers and plain sentences out."""
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -13,13 +12,11 @@ from transformers import set_seed
 
 from haplovl import chat
 from haplovl.chat import Chat, ContextFull, Medium, open_picture, open_video
-from haplovl.errors import UserError
+from haplovl.errors import UserError, printable
 from haplovl.evaluate.answer import load_model
 from haplovl.files import write_json
 
 PROMPT = "> "
-# What a terminal takes for orders. A model may say anything, and a file may be called anything.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 COMMANDS = {
     "/image FILE": "attach a picture to the next message; again for several",
     "/video FILE": "attach a video to the next message",
@@ -220,11 +217,6 @@ class Terminal:
     def _error(self, text: str) -> None:
         self.failed = True
         self.err.out(printable(f"error: {text}"), style="red")
-
-
-def printable(text: str) -> str:
-    """The text without the characters that steer a terminal."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _forgive_input() -> None:

@@ -1,19 +1,106 @@
-"""Weights & Biases, as training and `haplovl publish` use it: nothing is uploaded unless asked, nothing strays."""
+"""Weights & Biases, as training, evaluation and `haplovl publish` use it: nothing is uploaded unless asked, nothing
+strays, and nothing depends on it."""
 
 import os
+import re
+import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from haplovl.files import RUNS
+from haplovl.files import PREPARED, RUNS, read_json, sha256_of
+from haplovl.settings import Params
 
 WANDB_FOLDER = RUNS / "wandb"
+PROJECT = "haplovl"
 START_TIMEOUT = 30.0
 """Seconds that a start may take: online without a network it would block for much longer."""
 FINISH_TIMEOUT = 30.0
-"""Seconds that a training run may wait for its last uploads when it ends."""
+"""Seconds that a run may wait for its last uploads when it ends."""
+HIDDEN = "***"
+_SECRET_NAME = re.compile(r"(^|_)(password|secret|token|api_?key|access_?key)$", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"(PASSWORD|SECRET|TOKEN|API_?KEY|ACCESS_?KEY)", re.IGNORECASE)
+_SECRET_LENGTH = 8
+"""Shorter values of such variables are words like `true`, not secrets."""
+_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
+_IN_QUERY = re.compile(r"([?&][^=&\s]*(?:token|sig|key|credential|password|secret)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
 
 
+# --- what a run is described by --------------------------------------------------------------------------------------
+def description(params: Params, root: Path = Path(".")) -> dict[str, Any]:
+    """What decides a result, for people and for `haplovl compare`: recipe, seed, settings and training data.
+
+    It depends on params and data alone, so it may be part of an out. The gate (`register`) judges results and does
+    not make them; it is left out.
+    """
+    manifest = root / PREPARED / "manifest.json"
+    data = {}
+    if manifest.is_file():
+        data = {"manifest_sha256": sha256_of(manifest), "sources": read_json(manifest).get("sources", {})}
+    settings = params.model_dump(mode="json", by_alias=True, exclude={"register_", "compare"})
+    return {"recipe": params.recipe, "seed": params.seed, "params": settings, "data": data}
+
+
+def code_version(sha256: str = "") -> dict[str, Any]:
+    """The code that runs: the hash that its caller knows it by, and the git commit of the project with its state.
+
+    Outside a git repository, or without git, the commit is left out.
+    """
+    found: dict[str, Any] = {"sha256": sha256} if sha256 else {}
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        found |= {"git_commit": commit, "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    return found
+
+
+def grouping(params: Params, job: str) -> dict[str, Any]:
+    """Where W&B shows a run: among those of its recipe, named and tagged by what it does and its seed."""
+    return {
+        "group": f"recipe-{params.recipe}"[:128],  # W&B's limit
+        "name": f"{params.recipe}-{job}-seed-{params.seed}"[:128],
+        "job_type": job,
+        "tags": [job[:64], f"seed-{params.seed}"],
+    }
+
+
+def without_secrets(value: Any) -> Any:
+    """A copy of a configuration in which credentials are hidden.
+
+    Hidden are texts under names such as `token` or `api_key`, credentials inside addresses, and whatever the
+    environment holds in a variable with such a name.
+    """
+    known = [text for name, text in os.environ.items() if _SECRET_VARIABLE.search(name) and len(text) >= _SECRET_LENGTH]
+    return _hidden(value, sorted(known, key=len, reverse=True))
+
+
+def _hidden(value: Any, known: list[str]) -> Any:
+    if isinstance(value, dict):
+        return {
+            name: HIDDEN if isinstance(entry, str) and _SECRET_NAME.search(str(name)) else _hidden(entry, known)
+            for name, entry in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_hidden(entry, known) for entry in value]
+    if not isinstance(value, str):
+        return value
+    for secret in known:
+        value = value.replace(secret, HIDDEN)
+    return _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_ADDRESS.sub(f"{HIDDEN}@", value))
+
+
+def _git(*arguments: str) -> str:
+    """What a git command says; nothing where it fails or takes long."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return "" if done.returncode else done.stdout.strip()
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
 def wandb_mode() -> str:
     """`WANDB_MODE`, else `online` where WANDB_API_KEY is set, else `offline`."""
     return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
@@ -23,7 +110,7 @@ def start_wandb(project: str, mode: str, finish_timeout: float = 0.0, **options:
     """Starts a run whose files all lie in runs/wandb; raises what W&B raises.
 
     The project's name gives way to WANDB_PROJECT. `finish_timeout` limits the last uploads, in seconds (0: no limit);
-    `options` are those of `wandb.init`.
+    `options` are those of `wandb.init`. Credentials in `config` are hidden.
     """
     folder = WANDB_FOLDER.absolute()
     for part in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):
@@ -35,35 +122,66 @@ def start_wandb(project: str, mode: str, finish_timeout: float = 0.0, **options:
         silent=True, console="off", init_timeout=START_TIMEOUT, finish_timeout=finish_timeout, disable_git=True
     )
     project = os.environ.get("WANDB_PROJECT") or project
+    options = {**options, "config": without_secrets(options.get("config") or {})}
     return wandb.init(project=project, dir=str(RUNS), mode=mode, settings=settings, **options)
 
 
-class TrainingRun:
-    """The curves of one training run in W&B; whatever fails is told once and never reaches the training.
+class TrackedRun:
+    """A run in W&B; whatever fails is told once and never reaches the caller, whose work `goes_on`.
 
-    `key` is the run's W&B id: a training that was killed and goes on is the same run there. Without W&B, or with
-    WANDB_MODE=disabled, nothing happens. A start online that fails is tried offline.
+    `key` is the run's W&B id: a training that was killed and goes on is the same run there. `grouping` names its
+    place. Without W&B, or with WANDB_MODE=disabled, nothing happens. A start online that fails is tried offline.
     """
 
-    def __init__(self, project: str, key: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        project: str,
+        key: str,
+        config: dict[str, Any],
+        grouping: dict[str, Any] | None = None,
+        goes_on: str = "training goes on",
+    ) -> None:
         self._run: Any = None
+        self._goes_on = goes_on
         mode = wandb_mode()
         if mode == "disabled" or not find_spec("wandb"):
             return
-        options = {"id": key, "name": key, "job_type": "train", "config": config, "resume": "allow"}
+        options = {"id": key, "name": key, "config": config, "resume": "allow", **(grouping or {})}
         self._run = self._safely(f"start ({mode})", lambda: start_wandb(project, mode, FINISH_TIMEOUT, **options))
         if self._run is None and mode == "online":
             self._run = self._safely("start (offline)", lambda: _start_again(project, options))
 
+    @property
+    def alive(self) -> bool:
+        """Whether anything that is logged arrives somewhere."""
+        return self._run is not None
+
     def log(self, row: dict[str, Any]) -> None:
         """Adds one row; its `step` is the position on every curve."""
-        if self._run is not None and self._safely("log", lambda: self._run.log(row, step=row["step"]) or True) is None:
-            self._run = None
+        self._do("log", lambda run: run.log(row, step=row["step"]))
+
+    def summarise(self, figures: dict[str, float]) -> None:
+        """Figures of the whole run, which tables of runs show."""
+        self._do("log", lambda run: run.summary.update(figures))
+
+    def table(self, name: str, columns: list[str], rows: Callable[[Any], list[list[Any]]]) -> None:
+        """Adds a table; `rows` makes its rows and is given the wandb module, whose `Image` wraps pictures."""
+
+        def add(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Table(columns=columns, data=rows(wandb))})
+
+        self._do(f"log the table '{name}'", add)
 
     def finish(self) -> None:
         """Ends the run, waiting for its uploads no longer than FINISH_TIMEOUT."""
-        if self._run is not None:
-            self._safely("finish", self._run.finish)
+        self._do("finish", lambda run: run.finish())
+        self._run = None
+
+    def _do(self, what: str, action: Callable[[Any], Any]) -> None:
+        """Does something with the run, and gives it up where that fails."""
+        if self._run is not None and self._safely(what, lambda: (action(self._run),)) is None:
             self._run = None
 
     def _safely(self, what: str, action: Callable[[], Any]) -> Any:
@@ -71,7 +189,7 @@ class TrainingRun:
         try:
             return action()
         except Exception as error:  # W&B raises many kinds
-            print(f"W&B could not {what}; training goes on: {' '.join(str(error).split())}", flush=True)
+            print(f"W&B could not {what}; {self._goes_on}: {' '.join(str(error).split())}", flush=True)
             return None
 
 

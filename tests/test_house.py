@@ -11,7 +11,7 @@ ALLOWED = {
     "model": {"settings", "pictures"},
     "data": {"settings", "data_settings", "records", "pictures", "files", "errors", "progress", "model"},
     "train": {"settings", "records", "files", "errors", "progress", "tracking", "model", "data", "teachers"},
-    "evaluate": {"settings", "records", "pictures", "files", "errors", "progress", "model", "data"},
+    "evaluate": {"settings", "records", "pictures", "files", "errors", "progress", "tracking", "model", "data"},
 }
 HEAVY = {"prefect", "dvc", "great_expectations", "wandb", "gto", "deepspeed"}
 

@@ -55,6 +55,7 @@ def test_the_default_source_is_the_embedded_data_set() -> None:
         ("validate.max_quarantine_share", 0.1, ["'validate.max_quarantine_share'", "'max_quarantined_share'?"]),
         ("stage2.optimizer.lr", 0.1, ["unknown key 'stage2.optimizer.lr'", "did you mean"]),
         ("seed", "17", ["'seed'", "found '17'"]),
+        ("prepare.max_tokens", 999, ["params.yaml: stage1.batch.row_tokens must be at least prepare.max_tokens"]),
         ("stage1.steps", 0, ["'stage1.steps'", "greater than 0", "found 0"]),
         ("stage1.precision", "fp8", ["'stage1.precision'", "found 'fp8'"]),
         ("validate.max_quarantined_share", 2.0, ["'validate.max_quarantined_share'", "found 2.0"]),
@@ -65,7 +66,7 @@ def test_the_default_source_is_the_embedded_data_set() -> None:
         (
             "collect.sources",
             [{"name": "a", "format": "hub", "license": "x"}],
-            ["'collect.sources.0': value", "'folder'"],
+            ["'collect.sources.0': give either", "'folder'"],
         ),
         (
             "collect.sources",

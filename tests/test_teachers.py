@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 
 from haplovl.data.loader import PackedLoader, PreparedRecords
 from haplovl.data.prepare import prepare
@@ -23,7 +23,7 @@ from haplovl.records import Record, Turn
 from haplovl.settings import BatchSettings, FolderTeacher, ModelSettings, StageMixture, load_params
 from haplovl.teachers import load_language, load_vision, make_teachers, recipe_processor
 from haplovl.train.image_path import attention_to_images, patch_gradient
-from haplovl.train.objectives import InstructionTuning
+from haplovl.train.objectives import NextToken
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -84,15 +84,33 @@ def test_bin_files_become_safetensors_once(params, vision, language, tokenizer):
     assert torch.isfinite(model(**batch).logits).all()
 
 
-def test_a_whole_clip_gives_its_vision_tower(params, folders):
+@pytest.fixture
+def clip(folders):
+    """A whole CLIP in the vision teacher's folder."""
     torch.manual_seed(0)
     text = {**SIZES, "vocab_size": 50}
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config={**SIZES, "image_size": 32, "patch_size": 8}))
     clip.config.save_pretrained(folders / "clip")
     torch.save(clip.state_dict(), folders / "clip" / "pytorch_model.bin")
+    return clip
+
+
+def test_a_whole_clip_gives_its_vision_tower_and_keeps_its_text_tower(params, folders, clip, tokenizer):
+    tokenizer.save_pretrained(folders / "clip")
     make_teachers(params)
     taken = load_vision(TEACHERS / "vision")
     assert same_weights(taken.state_dict(), clip.vision_model.state_dict())
+    assert same_weights(CLIPModel.from_pretrained(TEACHERS / "vision").state_dict(), clip.state_dict())
+    assert AutoTokenizer.from_pretrained(TEACHERS / "vision").get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_clip_file_of_the_vision_tower_alone_is_enough(params, folders, clip):
+    weights = {name: tensor for name, tensor in clip.state_dict().items() if name.startswith("vision_model.")}
+    torch.save(weights, folders / "clip" / "pytorch_model.bin")
+    make_teachers(params)
+    assert same_weights(load_vision(TEACHERS / "vision").state_dict(), clip.vision_model.state_dict())
+    assert read_json(TEACHERS / "vision/config.json")["model_type"] == "clip_vision_model"
+    assert not (TEACHERS / "vision/tokenizer_config.json").exists()  # there was none
 
 
 def test_several_bin_files_and_a_tied_head_are_read_whole(params, folders, language):
@@ -222,9 +240,9 @@ def test_recipes_with_other_models_train_on_the_same_shards(params, vision, lang
     torch.manual_seed(0)
     model = inherit(vision, copy.deepcopy(language), recipe.model, *ids)
     assert sum(image_sizes(model.config, batch.image_grids)) == int((batch.input_ids == ids[0]).sum())
-    objective = InstructionTuning(model)
+    objective = NextToken(model)
     loss = objective(batch)["loss"] / objective.counts(batch)["loss"]
-    assert 4 < float(loss) < 8  # random words: the logarithm of about 300
+    assert 4 < loss.item() < 8  # random words: the logarithm of about 300
     loss.backward()
     assert patch_gradient(objective) > 0
     figures = attention_to_images(model, batch)

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from haplovl.comparison.results import ALL, Summary
-from haplovl.evaluate.plots import FAINT, INK, RULE, STYLE, to_svg
+from haplovl.evaluate.plots import FAINT, INK, RULE, STYLE, as_svg
 
 COLOURS = ("#1f5f8b", "#c4663c", "#2a7f78", "#7a5aa6", "#a8862a", "#9c2f4f", "#4d6b2f", "#5b6470")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -35,7 +35,7 @@ def accuracy_chart(summaries: Sequence[Summary]) -> str:
         axes.tick_params(length=0)
         axes.grid(axis="y", color=RULE, linewidth=0.7)
         axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
-        return to_svg(figure)
+        return as_svg(figure)
 
 
 def learning_curves(summaries: Sequence[Summary], with_teachers: bool = False) -> str:
@@ -68,7 +68,7 @@ def learning_curves(summaries: Sequence[Summary], with_teachers: bool = False) -
         axes.tick_params(which="both", length=0)
         axes.grid(axis="y", which="both", color=RULE, linewidth=0.7)
         axes.legend(frameon=False)
-        return to_svg(figure)
+        return as_svg(figure)
 
 
 def lead_chart(summaries: Sequence[Summary], reference: str) -> str:
@@ -90,4 +90,4 @@ def lead_chart(summaries: Sequence[Summary], reference: str) -> str:
         axes.tick_params(length=0)
         axes.grid(axis="x", color=RULE, linewidth=0.7)
         axes.spines["left"].set_visible(False)
-        return to_svg(figure)
+        return as_svg(figure)

@@ -1,41 +1,26 @@
 """Reads prepared shards and yields packed training batches; the position is the number of steps taken."""
 
 import sys
-import threading
 import time
-from array import array
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from itertools import accumulate, islice
-from pathlib import Path
-from typing import Any
+from functools import cached_property
+from itertools import islice
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.feather as feather
-import pyarrow.parquet as pq
 import torch
 
 from haplovl.data.packing import Row, draw_documents, fill_rows, shortest
 from haplovl.data.plans import LEAST_RECORDS, PLANS, Plan, plan_key
-from haplovl.data.prepare import index_name, read_manifest
+from haplovl.data.prepared import IGNORE, PreparedRecords, Sample, decoded
 from haplovl.errors import UserError
-from haplovl.files import PREPARED
-from haplovl.model import HaploProcessor
 from haplovl.model.layout import ImageGrid
-from haplovl.model.media import read_grids
 from haplovl.settings import BatchSettings, CurriculumPhase, StageMixture
 
-IGNORE = -100
-OPEN_SHARDS = 32
-"""Shards that a thread keeps open."""
-ROWS_AHEAD = 4096
-"""Rows that are packed beside every step, beyond those that it needs."""
+ROWS_AHEAD = 512
+"""Rows that are packed beside every step, beyond those that it needs; meanwhile decoders wait for the interpreter."""
 PLANS_IN_MEMORY = 2
 
 
@@ -59,138 +44,6 @@ class Batch:
         """The same batch with its tensors on a device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One record, expanded: token ids, labels (−100 where nothing is learnt), its pictures' tiles and their grids."""
-
-    id: str
-    input_ids: list[int]
-    labels: list[int]
-    pixel_values: torch.Tensor | None
-    image_grids: list[ImageGrid]
-
-
-class PreparedRecords:
-    """Random access to the records of one split; memory holds a few numbers of each, and no pictures."""
-
-    def __init__(self, split: str, processor: HaploProcessor, folder: Path = PREPARED) -> None:
-        shards = [s for s in read_manifest(folder)["shards"] if s["split"] == split]
-        if not shards:
-            raise UserError(f"{folder} holds no records of the split '{split}'")
-        self.processor = processor
-        self._paths = [folder / shard["file"] for shard in shards]
-        self._open = _OpenShards()
-        self._starts = [0]  # number of the first record of every shard, and of all records
-        index = self._read_index(folder / index_name(split))
-        self.kinds: list[str] = _words(index["kind"])
-        self.sources: list[str] = _words(index["source"])
-        self.lengths, self.images = self._count(index)
-        """Tokens of every record, those of its pictures included; and its pictures."""
-        for shard in shards:
-            self._starts.append(self._starts[-1] + shard["records"])
-        if self._starts[-1] != len(self.kinds):
-            raise UserError(f"{folder} holds other records than its index; prepare the data anew")
-
-    @staticmethod
-    def _read_index(path: Path) -> pa.Table:
-        with _naming(path):
-            return feather.read_table(path)
-
-    def _count(self, index: pa.Table) -> tuple[array, array]:
-        """The length and the pictures of every record, each size of a picture looked at once."""
-        sizes = index["sizes"].combine_chunks()
-        pictures = np.diff(sizes.offsets.to_numpy()) // 2
-        edges = sizes.flatten().to_numpy().astype(np.int64).reshape(-1, 2)
-        different, which = np.unique(edges[:, 0] << 32 | edges[:, 1], return_inverse=True)
-        extra = np.array([self.processor.image_tokens(int(s & 0xFFFFFFFF), int(s >> 32)) - 1 for s in different], int)
-        before = np.concatenate([[0], np.cumsum(extra[which])]).astype(np.int64)
-        ends = np.cumsum(pictures)
-        lengths = index["tokens"].to_numpy() + before[ends] - before[ends - pictures]
-        return array("i", lengths.astype(np.int32).tobytes()), array("i", pictures.astype(np.int32).tobytes())
-
-    def __len__(self) -> int:
-        return len(self.kinds)
-
-    def __getitem__(self, index: int) -> Sample:
-        """The record, its pictures decoded; may be called by several threads at once.
-
-        Raises:
-            UserError: the shard cannot be read, or a picture is missing, damaged or of another size than announced.
-        """
-        shard = bisect_right(self._starts, index) - 1
-        with _naming(self._paths[shard]):
-            data = self._open.row(self._paths[shard], index - self._starts[shard])
-        try:
-            sample = self._sample(data)
-            if len(sample.input_ids) != self.lengths[index]:
-                raise ValueError(f"{len(sample.input_ids)} tokens, but the index announces {self.lengths[index]}")
-        except ValueError as error:
-            raise UserError(f"record '{data['id']}' in {self._paths[shard]}: {error}; prepare the data anew") from None
-        return sample
-
-    def _sample(self, data: dict[str, Any]) -> Sample:
-        ids, spans, pictures = data["input_ids"], data["spans"], data["images"]
-        placeholders = ids.count(self.processor.image_token_id)
-        if len(pictures) != placeholders or None in pictures:
-            found = sum(picture is not None for picture in pictures)
-            raise ValueError(f"{found} pictures for {placeholders} image placeholders")
-        labels = [IGNORE] * len(ids)
-        for start, stop in zip(spans[0::2], spans[1::2], strict=True):
-            labels[start:stop] = ids[start:stop]
-        pixels, grids = None, []
-        if pictures:
-            seen = self.processor.image_processor(pictures, return_tensors="pt")
-            grids = read_grids(seen["image_grids"])
-            tiles = zip(seen["pixel_values"], grids, strict=True)
-            shown = [picture[: grid.tiles] for picture, grid in tiles]
-            pixels = shown[0] if len(shown) == 1 else torch.cat(shown)
-        counts = [self.processor.grid_tokens(grid) for grid in grids]
-        full_ids, full_labels = _expanded(ids, labels, self.processor.image_token_id, counts)
-        return Sample(data["id"], full_ids, full_labels, pixels, grids)
-
-
-def _words(column: pa.ChunkedArray) -> list[str]:
-    """A column of few different words as a list that holds each of them once."""
-    coded = column.combine_chunks().dictionary_encode()
-    return np.array([*coded.dictionary.to_pylist(), ""], dtype=object)[coded.indices.to_numpy()].tolist()
-
-
-class _OpenShards(threading.local):
-    """A few open shards of each thread, since a Parquet reader serves one thread at a time."""
-
-    def __init__(self) -> None:
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(_open_shard)
-
-    def row(self, path: Path, row: int) -> dict[str, Any]:
-        """One row; only the row group that holds it is read."""
-        file, starts = self._open(path)
-        group = bisect_right(starts, row) - 1
-        return file.read_row_group(group, use_threads=False).slice(row - starts[group], 1).to_pylist()[0]
-
-
-def _open_shard(path: Path) -> tuple[pq.ParquetFile, list[int]]:
-    """The file and the number of the first row of every row group."""
-    file = pq.ParquetFile(path, pre_buffer=False)  # with it, each open file keeps what it read last
-    counts = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
-    return file, list(accumulate(counts, initial=0))[:-1]
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turns what pyarrow says about an unreadable file into one sentence that names it."""
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"the file {path} cannot be read: {error}; prepare the data anew") from None
-
-
-def _expanded(ids: list[int], labels: list[int], image_id: int, counts: list[int]) -> tuple[list[int], list[int]]:
-    """Repeats every image placeholder, and its label, once per token of its picture."""
-    repeats = np.ones(len(ids), dtype=np.int64)
-    repeats[np.array(ids) == image_id] = counts
-    return np.repeat(ids, repeats).tolist(), np.repeat(labels, repeats).tolist()
 
 
 class PackedLoader:
@@ -349,24 +202,23 @@ class PackedLoader:
     def collate(self, rows: list[Row]) -> Batch:
         """One micro-batch of rows."""
         shape = (len(rows), self.batch.row_tokens)
-        input_ids = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORE)
-        document_ids = torch.full(shape, -1)
-        pixels, grids, names = [], [], []
+        input_ids = np.zeros(shape, dtype=np.int64)
+        labels = np.full(shape, IGNORE)
+        document_ids = np.full(shape, -1)
+        samples: list[Sample] = []
         for r, row in enumerate(rows):
             position = 0
             for number, document in enumerate(row):
                 first = position
                 for sample in (self.records[index] for index in document):
                     stop = position + len(sample.input_ids)
-                    input_ids[r, position:stop] = torch.tensor(sample.input_ids)
-                    labels[r, position:stop] = torch.tensor(sample.labels)
+                    input_ids[r, position:stop] = sample.input_ids
+                    labels[r, position:stop] = sample.labels
                     document_ids[r, position:stop] = number
-                    names.append(sample.id)
-                    if sample.pixel_values is not None:
-                        pixels.append(sample.pixel_values)
-                        grids += sample.image_grids
+                    samples.append(sample)
                     position = stop
                 # The first token of a document must not be predicted from the document before it.
                 labels[r, first] = IGNORE
-        return Batch(input_ids, labels, document_ids, torch.cat(pixels) if pixels else None, grids, names)
+        tensors = map(torch.from_numpy, (input_ids, labels, document_ids))
+        grids = [grid for sample in samples for grid in sample.image_grids]
+        return Batch(*tensors, decoded(samples), grids, [sample.id for sample in samples])

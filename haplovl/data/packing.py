@@ -1,9 +1,13 @@
 """Packing: records become documents, documents fill rows of a token budget. A pure function of lengths and seed."""
 
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count, islice
+from itertools import accumulate, chain, count, islice
 from random import Random
+from typing import Any, overload
+
+import numpy as np
 
 from haplovl.settings import StageMixture
 
@@ -14,6 +18,45 @@ PATIENCE = 32
 
 Row = list[list[int]]
 """Documents of record indices."""
+
+
+class Documents(Sequence[list[int]]):
+    """Documents of record indices in training order; memory holds 4 bytes for each record and each document."""
+
+    def __init__(self, records: "array[int]", edges: "array[int]") -> None:
+        """`edges` are 0 and, for every document, the number of records up to its end."""
+        self._records, self._edges = records, edges
+
+    @classmethod
+    def of(cls, documents: Iterable[Sequence[int]]) -> "Documents":
+        """Any documents as such."""
+        lists = list(documents)
+        return cls(array("i", chain.from_iterable(lists)), array("i", accumulate(map(len, lists), initial=0)))
+
+    def __len__(self) -> int:
+        return len(self._edges) - 1
+
+    @overload
+    def __getitem__(self, number: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, number: slice) -> Row: ...
+    def __getitem__(self, number: int | slice) -> list[int] | Row:
+        numbers = range(len(self))[number]  # raises IndexError
+        return self.take([numbers])[0] if isinstance(numbers, int) else self.take(numbers)
+
+    def take(self, numbers: Iterable[int]) -> Row:
+        """The documents of these numbers."""
+        records, edges = self._records, self._edges
+        return [records[edges[number] : edges[number + 1]].tolist() for number in numbers]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Documents) and (self._records, self._edges) == (other._records, other._edges)
+
+    def sums(self, values: Sequence[int]) -> np.ndarray:
+        """For every document the sum of its records' values, int64."""
+        chosen = np.asarray(values, dtype=np.int64)[np.asarray(self._records, dtype=np.int64)]
+        before = np.concatenate([[0], np.cumsum(chosen)])
+        return np.diff(before[np.asarray(self._edges, dtype=np.int64)])
 
 
 def draw_documents(
@@ -27,7 +70,7 @@ def draw_documents(
     images: Sequence[int] | None = None,
     row_images: int | None = None,
     sources: Sequence[str] | None = None,
-) -> list[list[int]]:
+) -> Documents:
     """One epoch's documents in training order, each a list of record indices.
 
     A record occurs as often per epoch as its kind's weight times its source's says (the fraction by lot). A share of
@@ -36,37 +79,41 @@ def draw_documents(
     `row_images` bounds in a row; `sources` are the records' sources.
     """
     random = Random(f"documents-{seed}-{epoch}")
-    weights = {"instruction": mixture.instruction, "caption": mixture.caption, "text": mixture.text}
-    factors = mixture.sources if sources is not None else {}
-    chosen, lot = [], random.random
-    for index in range(len(kinds)) if allowed is None else allowed:
-        weight = weights[kinds[index]]
-        if factors:
-            weight *= factors.get(sources[index], 1.0)
-        whole = int(weight)
-        times = whole + (lot() < weight - whole)
-        if times == 1:
-            chosen.append(index)
-        elif times:
-            chosen += [index] * times
+    indices = range(len(kinds)) if allowed is None else allowed
+    times = _occurrences(kinds, mixture, indices, sources, random)
+    chosen = array("i", np.repeat(np.asarray(indices, dtype=np.int32), times).tobytes())
     random.shuffle(chosen)
     if not mixture.interleaved:
-        return [[index] for index in chosen]
-    documents, position = [], 0
+        return Documents(chosen, array("i", range(len(chosen) + 1)))
+
+    def fits(records: Sequence[int]) -> bool:
+        if sum(lengths[index] for index in records) > row_tokens:
+            return False
+        return not (images and row_images) or sum(images[index] for index in records) <= row_images
+
+    edges, position = array("i", [0]), 0
     while position < len(chosen):
-        document = [chosen[position]]
-        position += 1
+        first, position = position, position + 1
         if random.random() < mixture.interleaved:
-            while position < len(chosen) and len(document) < RECORDS_PER_INTERLEAVED:
-                joined = [*document, chosen[position]]
-                if sum(lengths[index] for index in joined) > row_tokens:
-                    break
-                if images and row_images and sum(images[index] for index in joined) > row_images:
-                    break
-                document = joined
+            most = min(first + RECORDS_PER_INTERLEAVED, len(chosen))
+            while position < most and fits(chosen[first : position + 1]):
                 position += 1
-        documents.append(document)
-    return documents
+        edges.append(position)
+    return Documents(chosen, edges)
+
+
+def _occurrences(
+    kinds: Sequence[str], mixture: StageMixture, indices: Sequence[int], sources: Sequence[str] | None, random: Random
+) -> np.ndarray:
+    """How often each of the records occurs in this epoch, int64."""
+    weights = {"instruction": mixture.instruction, "caption": mixture.caption, "text": mixture.text}
+    expected = np.fromiter((weights[kinds[index]] for index in indices), float, len(indices))
+    if mixture.sources and sources is not None:
+        factors = (mixture.sources.get(sources[index], 1.0) for index in indices)
+        expected *= np.fromiter(factors, float, len(indices))
+    whole = expected.astype(np.int64)
+    lots = np.fromiter(iter(random.random, None), float, len(indices))
+    return whole + (lots < expected - whole)
 
 
 def shortest(lengths: Sequence[int], share: float) -> list[int]:
@@ -92,23 +139,23 @@ def fill_rows(
     Raises:
         ValueError: at once, if a document has more tokens or pictures than a row.
     """
-    sizes = [sum(lengths[index] for index in document) for document in documents]
-    if max(sizes, default=0) > row_tokens:
+    documents = documents if isinstance(documents, Documents) else Documents.of(documents)
+    sizes, pictures, bound = documents.sums(lengths), np.zeros(len(documents), dtype=np.int64), 0
+    longest = int(sizes.max(initial=0))
+    if longest > row_tokens:
         raise ValueError(
-            f"a document of {max(sizes)} tokens does not fit into a row of {row_tokens}; "
+            f"a document of {longest} tokens does not fit into a row of {row_tokens}; "
             "raise batch.row_tokens or lower prepare.max_tokens"
         )
-    pictures, bound = [0] * len(documents), 0
     if images is not None and row_images is not None:
-        pictures, bound = [sum(images[index] for index in document) for document in documents], row_images
-    if max(pictures, default=0) > bound:
-        raise ValueError(
-            f"a document with {max(pictures)} pictures does not fit into a row of {bound}; raise batch.row_images"
-        )
-    if all(own * row_tokens <= bound * size for own, size in zip(pictures, sizes, strict=True)):
-        pictures, bound = [0] * len(documents), 0  # no row of so many tokens can have more pictures than the bound
+        pictures, bound = documents.sums(images), row_images
+    most = int(pictures.max(initial=0))
+    if most > bound:
+        raise ValueError(f"a document with {most} pictures does not fit into a row of {bound}; raise batch.row_images")
+    if (pictures * row_tokens <= bound * sizes).all():
+        pictures, bound = 0 * pictures, 0  # no row of so many tokens can have more pictures than the bound
     row = _RowSums(row_tokens, bound)
-    return _filled(documents, list(map(row.place, sizes, pictures)), row, lookahead)
+    return _filled(documents, array("q", row.place(sizes, pictures).tobytes()), row, lookahead)
 
 
 def real_token_share(rows: Iterable[Row], lengths: Sequence[int], row_tokens: int) -> float:
@@ -134,7 +181,8 @@ class _RowSums:
         self.full = self.place(tokens, 0)
         """The first bit of a row without padding."""
 
-    def place(self, tokens: int, pictures: int) -> int:
+    def place(self, tokens: Any, pictures: Any) -> Any:
+        """The bit of so many tokens and pictures: of numbers, or of arrays of them."""
         return tokens * self.stride + pictures
 
     def padding(self, sums: int) -> int:
@@ -142,17 +190,19 @@ class _RowSums:
         return (self.full - sums.bit_length()) // self.stride + 1
 
 
-def _filled(documents: Sequence[list[int]], places: list[int], row: _RowSums, lookahead: int) -> Iterator[Row]:
+def _filled(documents: Documents, places: Sequence[int], row: _RowSums, lookahead: int) -> Iterator[Row]:
     fresh = iter(range(len(documents)))
     waiting: list[int] = []  # what earlier rows passed over, oldest first
     while sums := _reachable(waiting, fresh, places, row, lookahead):
         chosen = _choice(sums, [places[document] for document in waiting[: len(sums)]])
-        yield [documents[waiting[position]] for position in chosen]
+        yield documents.take(waiting[position] for position in chosen)
         for position in reversed(chosen):
             del waiting[position]
 
 
-def _reachable(waiting: list[int], fresh: Iterator[int], places: list[int], row: _RowSums, lookahead: int) -> list[int]:
+def _reachable(
+    waiting: list[int], fresh: Iterator[int], places: Sequence[int], row: _RowSums, lookahead: int
+) -> list[int]:
     """Subset sums by dynamic programming: entry n has those of the oldest document with any of the n after it.
 
     Moves the documents that it looks at from `fresh` to `waiting`. (Best fit, one document after the other, leaves

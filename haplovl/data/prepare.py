@@ -7,6 +7,7 @@ are made from. Preparing again makes only the shards whose records, or whose set
 import hashlib
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ import pyarrow.feather as feather
 
 from haplovl.data import conversation, shards
 from haplovl.data.cache import CACHE, take, trim
-from haplovl.data.shards import ShardMaker
+from haplovl.data.shards import TOO_LONG, ShardMaker
 from haplovl.data.validated import ValidatedRecord, read_validated
 from haplovl.data.workers import in_order
 from haplovl.data_settings import PrepareSettings
@@ -206,10 +207,10 @@ def _assemble(folder: Path, made: _Made, params: Params) -> dict[str, Any]:
     listed: list[dict[str, Any]] = []
     refused: Counter[str] = Counter()
     indexes: dict[str, list[pa.Table]] = {split: [] for split in SPLITS}
-    shortened = 0
+    shortened, too_long = 0, sys.maxsize
 
     def refusals() -> Iterator[dict[str, Any]]:
-        nonlocal shortened
+        nonlocal shortened, too_long
         for split in SPLITS:
             number = 0
             for key in (key for own, key in made.order if own == split):
@@ -217,6 +218,7 @@ def _assemble(folder: Path, made: _Made, params: Params) -> dict[str, Any]:
                 found = read_json(facts)
                 rows, shortened = found.pop("refused"), shortened + found.pop("shortened")
                 refused.update(row["reason"] for row in rows)
+                too_long = min([too_long, *(row["tokens"] for row in rows if row["reason"] == TOO_LONG)])
                 yield from rows
                 if found["records"]:
                     name = f"{split}-{number:05d}.parquet"
@@ -231,6 +233,8 @@ def _assemble(folder: Path, made: _Made, params: Params) -> dict[str, Any]:
     if not any(shard["split"] == "train" for shard in listed):
         why = refused.most_common(1)
         reason = f"; most were refused because: {why[0][0]}" if why else ""
+        if why and why[0][0] == TOO_LONG:
+            reason += f" (the shortest has {too_long} tokens)"
         raise UserError(f"no training record is left after preparation{reason}")
     for split, tables in indexes.items():
         if tables:
@@ -240,6 +244,8 @@ def _assemble(folder: Path, made: _Made, params: Params) -> dict[str, Any]:
         "tokenizer_sha256": sha256_of(TEACHERS / "processor" / "tokenizer.json"),
         "totals": {split: _totals(shard for shard in listed if shard["split"] == split) for split in SPLITS},
         "sources": _by_source(listed),
+        # Here, so that in DVC's graph a new weight reaches training, and a new licence does not.
+        "weights": {source.name: source.weight for source in params.collect.sources},
         "refused": dict(refused),
         "shortened": shortened,
         "shards": listed,

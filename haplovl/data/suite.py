@@ -1,22 +1,18 @@
-"""The Great Expectations suite that judges the table of facts, and its data docs.
+"""The Great Expectations suite that judges the table of facts.
 
 Great Expectations is imported inside the functions: it takes seconds, and only `validate` needs it.
 """
 
 import html
 import os
-import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from haplovl.data.data_docs import FIXED_TIME, Outcome, write_docs
+
 if TYPE_CHECKING:
     import pandas as pd
-
-NAME = "records"
-FIXED_TIME = datetime(2000, 1, 1, tzinfo=UTC)
-"""Stands for the run's time: data docs are a DVC out and hold no clock."""
 
 LISTED = 1000
 """Failures in one part up to which the data docs name every bad record; of more, they show examples of values."""
@@ -137,6 +133,7 @@ class Judge:
 
         self._context = gx.get_context(mode="ephemeral")
         self._context.variables.progress_bars = {"globally": False}
+        self._outcomes: list[Outcome] = []
         self._records = self._definition("records", [_expectation(check) for check in CHECKS])
 
     def failed(self, table: "pd.DataFrame") -> dict[str, list[int]]:
@@ -177,7 +174,7 @@ class Judge:
 
     def write_docs(self, docs: Path) -> None:
         """Writes data docs of all that was judged, whose bytes depend on it alone, into the existing folder `docs`."""
-        _write_docs(self._context, docs)
+        write_docs(self._context, self._outcomes, docs)
 
     def _definition(self, name: str, expectations: list[Any]) -> Any:
         import great_expectations as gx
@@ -192,7 +189,10 @@ class Judge:
         from great_expectations.core.run_identifier import RunIdentifier
 
         run_id = RunIdentifier(run_name=name, run_time=FIXED_TIME)
-        return definition.run(batch_parameters={"dataframe": table}, result_format=wanted, run_id=run_id)
+        found = definition.run(batch_parameters={"dataframe": table}, result_format=wanted, run_id=run_id)
+        failed = sorted(one.expectation_config.meta["check"] for one in found.results if not one.success)
+        self._outcomes.append(Outcome(definition.suite.name, name, tuple(failed)))
+        return found
 
 
 def _expectation(check: Check) -> Any:
@@ -217,23 +217,3 @@ def _rows(outcome: Any) -> list[int]:
     if not found:
         raise RuntimeError(f"Great Expectations could not judge {outcome.expectation_config}: {outcome.exception_info}")
     return sorted(int(entry["row"]) for entry in found)
-
-
-def _write_docs(context: Any, docs: Path) -> None:
-    """Builds the site in `docs`, and takes out of its pages what changes from run to run."""
-    store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs.resolve())}
-    index = {"class_name": "DefaultSiteIndexBuilder"}
-    context.add_data_docs_site(NAME, {"class_name": "SiteBuilder", "store_backend": store, "site_index_builder": index})
-    context.build_data_docs(site_names=[NAME])
-    for page in sorted(docs.rglob("*.html")):
-        to_root = "../" * (len(page.relative_to(docs).parts) - 1)
-        page.write_text(_without_run(page.read_text(encoding="utf-8"), to_root), encoding="utf-8")
-
-
-def _without_run(page: str, to_root: str) -> str:
-    """A data docs page without the random ids, the clock and the logo that is fetched from a server."""
-    page = re.sub(r"(collapse-body-)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1fixed", page)
-    page = re.sub(r'https://[^"\s]*/logo-long\.png\?d=[0-9TZ.]+', f"{to_root}static/images/logo-long.png", page)
-    page = re.sub(r"\b20\d{6}T\d{6}\.\d{6}Z", FIXED_TIME.strftime("%Y%m%dT%H%M%S.%fZ"), page)
-    # FIXED_TIME itself is shown in this machine's time zone.
-    return re.sub(r"\b(1999-12-31|2000-01-01)[T ]\d\d:\d\d:\d\d(Z| [-+\w]+)", "2000-01-01 00:00:00 UTC", page)

@@ -41,7 +41,8 @@ class CellReader:
         if isinstance(value, dict):
             value = value.get("bytes")
         if not isinstance(value, bytes):
-            raise ImageError("the table holds no image file in this cell")
+            found = "text; only pictures inside the table are read" if isinstance(value, str) else type(value).__name__
+            raise ImageError(f"the table's cell must hold an image file, found {found}")
         if len(value) > MAX_FILE_BYTES:
             raise ImageError(f"the file is larger than {MAX_FILE_BYTES} bytes")
         return value

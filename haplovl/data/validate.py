@@ -89,7 +89,8 @@ def validate(
             judge.write_docs(site)
         write_json(metrics, summary)
         # Only now: the docs of a bad set are there, too.
-        if bad := _too_bad(summary, settings.max_quarantined_share, quarantine / QUARANTINE_FILE) or too_far:
+        limit, path = settings.max_quarantined_share, quarantine / QUARANTINE_FILE
+        if bad := _too_bad(summary, reasons, limit, path) or too_far:
             raise UserError(bad)
         with whole_folder(validated) as folder:
             (work / VALIDATED_FILE).rename(folder / VALIDATED_FILE)
@@ -188,19 +189,22 @@ def _summary(findings: Findings, found: Profile, reasons: Reasons, counts: dict[
     }
 
 
-def _too_bad(summary: dict[str, Any], limit: float, path: Path) -> str:
+def _too_bad(summary: dict[str, Any], reasons: Reasons, limit: float, path: Path) -> str:
     """Why the data cannot go on, if it cannot."""
     # Judged from the counts: the share in the summary is rounded.
     bad, records = summary["quarantined"], summary["records"]
+    if not bad or (summary["accepted"] and bad / records <= limit):
+        return ""
     top = max(summary["reasons"], key=summary["reasons"].__getitem__)
+    first = next(reason for row in sorted(reasons) for reason in reasons[row] if reason.startswith(f"{top}: "))
+    example = " ".join(first.removeprefix(f"{top}: ").split())
+    why = f"most often because of '{top}' (first: {example:.200}); see {path}"
     if not summary["accepted"]:
-        return f"none of the {records} records can be used, most often because of '{top}'; see {path}"
-    if bad / records > limit:
-        return (
-            f"{bad} of {records} records ({bad / records:.1%}) were quarantined, more than the limit of {limit:.1%} "
-            f"(validate.max_quarantined_share), most often because of '{top}'; see {path}"
-        )
-    return ""
+        return f"none of the {records} records can be used, {why}"
+    return (
+        f"{bad} of {records} records ({bad / records:.1%}) were quarantined, more than the limit of {limit:.1%} "
+        f"(validate.max_quarantined_share), {why}"
+    )
 
 
 # --- outputs -------------------------------------------------------------------------------------------------------

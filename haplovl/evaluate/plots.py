@@ -34,7 +34,7 @@ STYLE = {
 
 
 def accuracy_bars(metrics: dict[str, Any]) -> str:
-    """Accuracy of every question type and overall beside both baselines, as SVG text."""
+    """Accuracy of every question type and overall, with its 95 % interval, beside both baselines, as SVG text."""
     groups = {**metrics["types"], "all": metrics}
     names, places = list(groups), np.arange(len(groups), dtype=float)
     places[-1] += 0.3
@@ -49,8 +49,12 @@ def accuracy_bars(metrics: dict[str, Any]) -> str:
         for key, label, colour, hatch, shift in series:
             heights = [groups[name][key] for name in names]
             axes.bar(places + shift, heights, 0.25, label=label, color=colour, hatch=hatch, edgecolor="white", zorder=2)
-            for place, height in zip(places + shift, heights, strict=True):
-                _label(axes, place, height)
+            tops = heights if key != "accuracy" else [groups[name]["accuracy_high"] for name in names]
+            for place, height, top in zip(places + shift, heights, tops, strict=True):
+                _label(axes, place, height, top)
+        lows = [groups[name]["accuracy_low"] for name in names]
+        highs = [groups[name]["accuracy_high"] for name in names]
+        axes.vlines(places + series[0][-1], lows, highs, color=INK, linewidth=1.1, zorder=3)
         axes.set_xticks(places, names, color=INK)
         axes.set(
             xlim=(-0.6, max(places[-1] + 0.6, 4.6)),
@@ -62,7 +66,7 @@ def accuracy_bars(metrics: dict[str, Any]) -> str:
         axes.grid(axis="y", color=RULE, linewidth=0.7)
         axes.spines["left"].set_visible(False)
         axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
-        return to_svg(figure)
+        return as_svg(figure)
 
 
 def loss_curves(log: Sequence[dict[str, Any]]) -> str:
@@ -77,7 +81,7 @@ def loss_curves(log: Sequence[dict[str, Any]]) -> str:
         axes = figure.add_subplot()
         for name in ["loss", *parts]:
             label, colour, dashes = PARTS.get(name, ("loss" if not parts else "sum $L$", MODEL, None))
-            x, y = _thinned(steps, np.array([line[name] for line in log], dtype=float))
+            x, y = thinned(steps, np.array([line[name] for line in log], dtype=float))
             style = {"color": colour, "linewidth": 1.6 if name == "loss" else 1.3, "label": label}
             axes.plot(x, y, **style, **({"dashes": dashes} if dashes else {}))
         axes.set(xlabel="step", ylim=(min(0.0, *axes.get_ylim()), None))
@@ -86,14 +90,14 @@ def loss_curves(log: Sequence[dict[str, Any]]) -> str:
         axes.grid(axis="y", color=RULE, linewidth=0.7)
         if parts:
             axes.legend(frameon=False)
-        return to_svg(figure)
+        return as_svg(figure)
 
 
-def _label(axes: Any, place: float, height: float) -> None:
-    axes.text(place, height + 0.015, f"{height:.2f}", ha="center", va="bottom", fontsize=8.5, zorder=3)
+def _label(axes: Any, place: float, height: float, top: float) -> None:
+    axes.text(place, top + 0.015, f"{height:.2f}", ha="center", va="bottom", fontsize=8.5, zorder=3)
 
 
-def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both arrays as means over at most MAX_POINTS spans of about equal length."""
     if len(x) <= MAX_POINTS:
         return x, y
@@ -101,7 +105,7 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array([x[span].mean() for span in spans]), np.array([y[span].mean() for span in spans])
 
 
-def to_svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
     """The figure as SVG without the date and the program's version."""
     FigureCanvasSVG(figure)
     buffer = io.StringIO()

@@ -1,20 +1,18 @@
 """The evaluation report: one HTML page that holds all it shows and works without a network."""
 
-import base64
 import hashlib
-import io
 import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
+from typing import Any, TypeVar
 
 from haplovl.data.media import Media
+from haplovl.evaluate.looks import DrawnLook
+from haplovl.evaluate.pages import data_uri, embedded_picture, page_templates
 from haplovl.evaluate.plots import accuracy_bars, loss_curves
+from haplovl.evaluate.predictions import Said
 from haplovl.evaluate.scorers import Outcome, by_kind, normalise
 from haplovl.files import (
     METRICS,
@@ -30,20 +28,22 @@ from haplovl.files import (
 )
 from haplovl.settings import Params, fingerprint
 
+Judged = TypeVar("Judged", Outcome, Said)
 WORST_SHOWN = 12
 CONFUSION_ANSWERS = 10
 """Answers with a row and a column of their own in the confusion table; the rest share one."""
 OPEN_ENDED = 40
 """A type with more different right answers than this has no confusion table: nothing would repeat in it."""
 OTHER = "other"
-THUMBNAIL_SIDE = 400
-"""Larger pictures are shrunk for the page."""
-PIXELATED_BELOW = 128
-"""Smaller pictures are shown enlarged, with their pixels as they are."""
 
 
 def write_report(
-    target: Path, params: Params, metrics: dict[str, Any], outcomes: Sequence[Outcome], root: Path
+    target: Path,
+    params: Params,
+    metrics: dict[str, Any],
+    outcomes: Sequence[Outcome],
+    root: Path,
+    looks: Sequence[DrawnLook] = (),
 ) -> None:
     """Writes the page. The same numbers, pictures and models give the same bytes.
 
@@ -56,17 +56,18 @@ def write_report(
     weakest = min(metrics["types"], key=lambda name: (metrics["types"][name]["accuracy"], name))
     tightest = min(metrics["types"], key=lambda name: (metrics["types"][name]["margin"], name))
     page = (
-        _environment()
+        page_templates()
         .get_template("report.html.j2")
         .render(
             recipe=params.recipe,
             metrics=metrics,
             tightest=tightest,
-            bars=_data_uri(accuracy_bars(metrics).encode(), "image/svg+xml"),
+            bars=data_uri(accuracy_bars(metrics).encode(), "image/svg+xml"),
             curves=_curves(root),
             samples=[_card(outcome, media) for outcome in samples],
             wrong=sum(not outcome.correct for outcome in outcomes),
             worst=[_card(outcome, media) for outcome in worst],
+            looks=[{**_card(item.outcome, media), "figure": data_uri(item.png, "image/png")} for item in looks],
             weakest=weakest,
             confusion=confusion(by_kind(outcomes)[weakest]),
             validation=_read_if_there(root / METRICS / "validation.json"),
@@ -76,8 +77,11 @@ def write_report(
     write_whole(target, page)
 
 
-def sample(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
-    """`count` outcomes spread over the types, chosen by a hash of the question: never by how well it was answered."""
+def sample(outcomes: Sequence[Judged], count: int) -> list[Judged]:
+    """`count` outcomes (or predictions) spread over the types.
+
+    They are chosen by a hash of the question: never by how well it was answered.
+    """
     piles = [sorted(group, key=_hash_of) for group in by_kind(outcomes).values()]
     longest = max(map(len, piles), default=0)
     chosen = [pile[turn] for turn in range(longest) for pile in piles if turn < len(pile)][:count]
@@ -113,8 +117,8 @@ def confusion(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
 
 def lineage(params: Params, metrics: dict[str, Any], root: Path) -> list[tuple[str, list[tuple[str, str]]]]:
     """What the numbers stand on, as sections of (name, value) rows: model, settings, questions, data, teachers."""
-    # The gate (`register`) judges these numbers and does not make them: moving it must not change this page.
-    made_by = params.model_dump(mode="json", by_alias=True, exclude={"register_"})
+    # The gate (`register`) and `probe` do not make these numbers: changing them must not change this page.
+    made_by = params.model_dump(mode="json", by_alias=True, exclude={"register_", "probe"})
     sections = [
         ("Model", [("folder", STAGE2.as_posix()), ("sha256 of all files", sha256_of_folder(root / STAGE2))]),
         ("Settings", [("recipe", params.recipe), ("seed", str(params.seed)), ("fingerprint", fingerprint(made_by))]),
@@ -147,15 +151,6 @@ def _confusion_row(name: str, columns: list[str], folded: Counter) -> dict[str, 
     return {"answer": name, "n": total, "cells": cells}
 
 
-def _environment() -> Environment:
-    # Questions, answers and predictions are text of unknown origin: everything is escaped.
-    environment = Environment(
-        loader=PackageLoader("haplovl.evaluate", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters["share"] = lambda value: f"{100 * value:.1f}%"
-    return environment
-
-
 def _curves(root: Path) -> list[dict[str, Any]]:
     """Title, chart and last loss of every training stage that left a log."""
     titles = (("Stage 1: distillation", STAGE1), ("Stage 2: instruction tuning", STAGE2))
@@ -163,7 +158,7 @@ def _curves(root: Path) -> list[dict[str, Any]]:
     for title, folder in titles:
         log = _read_log(root / folder / "training_log.jsonl")
         if log:
-            chart = _data_uri(loss_curves(log).encode(), "image/svg+xml")
+            chart = data_uri(loss_curves(log).encode(), "image/svg+xml")
             curves.append({"title": title, "chart": chart, "steps": len(log), "last": _tail_mean(log)})
     return curves
 
@@ -185,22 +180,8 @@ def _card(outcome: Outcome, media: Media) -> dict[str, Any]:
         "blank_prediction": outcome.blank_prediction,
         "correct": outcome.correct,
         "certainty": math.exp(outcome.confidence),
-        "pictures": [_picture(media.open(question.source, image.path)) for image in question.images],
+        "pictures": [embedded_picture(media.open(question.source, image.path)) for image in question.images],
     }
-
-
-def _picture(image: Image.Image) -> dict[str, Any]:
-    """A picture as a data: URI (shrunk if large) and whether to show it enlarged with hard pixels."""
-    small = max(image.size) < PIXELATED_BELOW
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-    kind = "png" if small else "jpeg"
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, **({} if small else {"quality": 85}))
-    return {"uri": _data_uri(buffer.getvalue(), f"image/{kind}"), "pixelated": small}
-
-
-def _data_uri(content: bytes, mime: str) -> str:
-    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
 def _hash_of(outcome: Outcome) -> str:

@@ -1,6 +1,6 @@
 """The evaluation: ask the held-out questions twice (seeing, then blanked), score, and write metrics and report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,16 @@ from rich.table import Table
 
 from haplovl.data.media import Media
 from haplovl.errors import UserError
-from haplovl.evaluate.answer import Answer, blank, load_model, scored_answers
+from haplovl.evaluate.answer import Answer, blank, load_to_evaluate, scored_answers
+from haplovl.evaluate.looks import draw_looks
 from haplovl.evaluate.questions import Question, digest, held_out_questions
 from haplovl.evaluate.report import write_report
 from haplovl.evaluate.scorers import Outcome, score
-from haplovl.files import METRICS, RAW, REPORTS, STAGE2, VALIDATED, require, whole_folder, write_json
+from haplovl.files import METRICS, RAW, REPORTS, RUN_FILE, STAGE2, VALIDATED, require, whole_folder, write_json
 from haplovl.progress import reporter
 from haplovl.records import write_jsonl
 from haplovl.settings import EvaluateSettings, Params
+from haplovl.tracking import description
 
 
 def evaluate(params: Params, root: Path = Path(".")) -> None:
@@ -31,12 +33,15 @@ def evaluate(params: Params, root: Path = Path(".")) -> None:
     questions = held_out_questions(params.evaluate.questions_per_type, folder=root / VALIDATED)
     if not questions:
         raise UserError("the test split holds no questions about pictures: nothing can be evaluated")
-    model, processor = load_model(root / STAGE2)
-    outcomes = ask_all(model, processor, questions, Media(root / RAW), params.evaluate)
+    model, processor = load_to_evaluate(root / STAGE2)
+    media = Media(root / RAW)
+    outcomes = ask_all(model, processor, questions, media, params.evaluate)
+    looks = draw_looks(model, processor, outcomes, media)
     metrics = {**score(outcomes), "questions": len(questions), "data": {"sha256": digest(questions)}}
     with whole_folder(root / REPORTS / "evaluation") as folder:
         write_jsonl(folder / "predictions.jsonl", (prediction_row(outcome) for outcome in outcomes))
-        write_report(folder / "index.html", params, metrics, outcomes, root)
+        write_json(folder / RUN_FILE, {"stage": "evaluate", **description(params, root)})
+        write_report(folder / "index.html", params, metrics, outcomes, root, looks)
     write_json(root / METRICS / "evaluation.json", metrics)
     console = Console()
     console.print(summary_table(metrics))
@@ -50,37 +55,39 @@ def ask_all(
     media: Media,
     settings: EvaluateSettings,
 ) -> list[Outcome]:
-    """Asks every question with its pictures, then with the pictures blanked out."""
+    """Asks every question with its pictures, then with the pictures blanked out.
+
+    The model may be one in training; it is left as it was.
+
+    Raises:
+        UserError: see `scored_answers`.
+        ImageError: a picture cannot be read.
+    """
     texts = [question.question for question in questions]
     pictures = [[(question.source, image.path) for image in question.images] for question in questions]
-
-    def open_picture(name: tuple[str, str]) -> Image.Image:
-        return media.open(*name)
-
-    limits = {"batch": settings.batch, "max_new_tokens": settings.max_new_tokens}
-    with reporter("questions", len(questions)) as report:
-        told = {"open_picture": open_picture, "progress": report.update}
-        seen = scored_answers(model, processor, texts, pictures, **limits, **told)
-
+    sizes = [[(image.width, image.height) for image in question.images] for question in questions]
     colour = processor.image_processor.mean_colour
-    # Blanked out, many questions are the same one: equal words and equal picture sizes. Each is asked once.
-    keys = [(q.question, tuple((image.width, image.height) for image in q.images)) for q in questions]
-    first = {key: i for i, key in reversed(list(enumerate(keys)))}
-    asked = sorted(first.values())
-    with reporter("blanked questions", len(asked)) as report:
-        said = scored_answers(
-            model,
-            processor,
-            [texts[i] for i in asked],
-            [pictures[i] for i in asked],
-            **limits,
-            open_picture=lambda name: blank(open_picture(name), colour),
-            progress=report.update,
-        )
-    blanked: dict[int, Answer] = dict(zip(asked, said, strict=True))
+
+    def ask(name: str, shown: Sequence[Sequence[Any]], open_picture: Callable[[Any], Image.Image]) -> list[Answer]:
+        with reporter(name, len(questions)) as report:
+            return scored_answers(
+                model,
+                processor,
+                texts,
+                shown,
+                settings.batch,
+                settings.max_new_tokens,
+                open_picture=open_picture,
+                progress=report.update,
+                batch_tokens=settings.batch_tokens,
+            )
+
+    seen = ask("questions", pictures, lambda name: media.open(*name))
+    # Blanked out, pictures of one size are the same picture, and many questions are the same question.
+    blanked = ask("blanked questions", sizes, lambda size: blank(size, colour))
     return [
-        Outcome(question, answer.text, blanked[first[key]].text, answer.confidence)
-        for question, answer, key in zip(questions, seen, keys, strict=True)
+        Outcome(question, answer.text, blank_answer.text, answer.confidence)
+        for question, answer, blank_answer in zip(questions, seen, blanked, strict=True)
     ]
 
 
@@ -94,7 +101,9 @@ def prediction_row(outcome: Outcome) -> dict[str, Any]:
         "answer": question.answer,
         "prediction": outcome.prediction,
         "blank_prediction": outcome.blank_prediction,
+        "source": question.source,
         "images": [image.path for image in question.images],
+        "image_sha256": [image.sha256 for image in question.images],
         "correct": outcome.correct,
         "confidence": round(outcome.confidence, 3),
     }
@@ -104,9 +113,10 @@ def summary_table(metrics: dict[str, Any]) -> Table:
     """The metrics as a table for the terminal."""
     table = Table(title="Held-out questions, exact match")
     table.add_column("type")
-    for name in ("accuracy", "majority", "blank image", "margin", "questions"):
-        table.add_column(name, justify="right")
+    for name in ("accuracy", "95 %", "majority", "blank image", "margin", "questions"):
+        table.add_column(name, justify="right", no_wrap=name == "95 %")
     for name, shares in {**metrics["types"], "all": metrics}.items():
-        numbers = [f"{shares[key]:.3f}" for key in ("accuracy", "majority", "blank_image", "margin")]
-        table.add_row(name, *numbers, str(shares["n"]), style="bold" if name == "all" else None)
+        accuracy, *others = [f"{shares[key]:.3f}" for key in ("accuracy", "majority", "blank_image", "margin")]
+        ends = f"{shares['accuracy_low']:.3f}–{shares['accuracy_high']:.3f}"
+        table.add_row(name, accuracy, ends, *others, str(shares["n"]), style="bold" if name == "all" else None)
     return table

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from haplovl.evaluate.statistics import interval
+
 if TYPE_CHECKING:
     from haplovl.evaluate.questions import Question
 
@@ -61,7 +63,8 @@ def score(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
     `accuracy`, `majority` and `blank_image` at the top are micro averages: every question counts once. `majority` is
     the strongest constant answer: the most frequent one of each type in these very questions. `margin` is the accuracy
-    of a type above the better of its two baselines.
+    of a type above the better of its two baselines. `accuracy_low` and `accuracy_high` are the ends of the accuracy's
+    95 % interval over questions (`haplovl.evaluate.statistics`).
     """
     types, majority_right = {}, 0
     for kind, group in by_kind(outcomes).items():
@@ -72,11 +75,14 @@ def score(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def _shares(outcomes: Sequence[Outcome], majority_right: int) -> dict[str, Any]:
     n = len(outcomes)
-    accuracy = sum(outcome.correct for outcome in outcomes) / n
+    found = interval([outcome.correct for outcome in outcomes])
+    accuracy = found.mean
     blank, majority = sum(outcome.blank_correct for outcome in outcomes) / n, majority_right / n
     margin = accuracy - max(blank, majority)
     return {
         "accuracy": round(accuracy, DECIMALS),
+        "accuracy_low": round(found.low, DECIMALS),
+        "accuracy_high": round(found.high, DECIMALS),
         "majority": round(majority, DECIMALS),
         "blank_image": round(blank, DECIMALS),
         "margin": round(margin, DECIMALS),

@@ -5,8 +5,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 
 from haplovl.model.configuration import HaploConfig
 
-ROOM = 256
-"""Tokens by which a growing cache makes room."""
+ROOM, LEAST_ROOM = 256, 16
+"""Tokens by which a growing cache makes room, over all rows and in each."""
 
 
 class GrowingLayer(DynamicLayer):
@@ -26,7 +26,8 @@ class GrowingLayer(DynamicLayer):
         start = self.get_seq_length()
         stop = start + key_states.shape[-2]
         if not self._fits(stop, key_states):
-            size = (stop // ROOM + 1) * ROOM
+            step = max(ROOM // len(key_states), LEAST_ROOM)  # short rows of a large batch would be mostly room
+            size = (stop // step + 1) * step
             self._room = tuple(x.new_zeros(*x.shape[:2], size, x.shape[-1]) for x in (key_states, value_states))
             if start:
                 self._room[0][:, :, :start], self._room[1][:, :, :start] = self.keys, self.values

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from haplovl.model.configuration import HaploPreDecoderConfig
-from haplovl.model.layout import ImageGrid
+from haplovl.model.layout import ImageGrid, single_tile
 
 
 def resize_position_grid(table: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -114,14 +114,14 @@ class HaploImageEmbedding(nn.Module):
         return tokens
 
     def blank(self, like: torch.Tensor) -> torch.Tensor:
-        """The tokens of one blank patch, on the device of `like`: they let a batch of text alone use every weight.
+        """The tokens of one blank tile, on the device of `like`: they let a batch of text alone use every weight.
 
-        Its position is the mean of all: the gradient of an interpolated one is not deterministic on a GPU.
+        The tile has the size of the position table: the gradient of an interpolated one is not deterministic on a GPU.
+        It goes through the module's own call, which is where ZeRO 3 gathers weights: in the same order on all ranks.
         """
-        patch = self.patch(like.new_zeros(1, 1, 1, self.patch.in_features).to(self.patch.weight.dtype))
-        if self.position is not None:
-            patch = patch + self.position.mean(dim=0)
-        return self._blocks(patch, 1, self.newline)[0]
+        side = self.config.patch_grid or 1
+        pixels = side * self.config.patch_size
+        return self(like.new_zeros(1, self.config.num_channels, pixels, pixels), [single_tile(side, side)])
 
     def is_patch(self, grids: Sequence[ImageGrid]) -> torch.Tensor:
         """Which tokens of the pictures are patches: class and newline tokens are not. [tokens] bool."""

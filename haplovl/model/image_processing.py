@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import logging
 
-from haplovl.model.layout import Placement, place, place_as_released, place_native
+from haplovl.model.layout import ImageGrid, Placement, place, place_as_released, place_native
 from haplovl.pictures import MAX_PIXELS, ImageError, as_picture
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -102,19 +102,32 @@ class HaploImageProcessor(BaseImageProcessor):
         pictures = list(images) if isinstance(images, (list, tuple)) else [images]
         if not pictures:
             raise ImageError("no picture was given")
-        tiles, grids = [], []
+        laid_out = []
         for number, picture in enumerate(pictures):
             try:
-                own, grid = self._tiles(self._rgb(picture))
+                laid_out.append(self._laid_out(self._rgb(picture)))
             except ImageError as error:
                 raise ImageError(f"image {number + 1} of {len(pictures)}: {error}") from None
-            tiles.append(own)
-            grids.append(grid)
-        most = max(len(own) for own in tiles)
-        pixels = np.zeros((len(tiles), most, *tiles[0].shape[1:]), dtype=np.float32)
-        for row, own in zip(pixels, tiles, strict=True):
-            row[: len(own)] = own
-        return _batch({"pixel_values": pixels, "image_grids": np.array(grids)}, return_tensors)
+        most = max(grid.tiles for _, grid in laid_out)
+        pixels = np.zeros((len(laid_out), most, 3, self.tile_side, self.tile_side), dtype=np.float32)
+        for tiles, (canvas, grid) in zip(pixels, laid_out, strict=True):
+            self._cut(canvas, grid, tiles[: grid.tiles])
+        grids = np.array([grid.to_list() for _, grid in laid_out])
+        return _batch({"pixel_values": pixels, "image_grids": grids}, return_tensors)
+
+    def write_tiles(self, picture: Any, grid: ImageGrid, tiles: np.ndarray) -> None:
+        """Writes the pixels of one picture, whose layout is known, into `tiles` [T, 3, s, s] float32.
+
+        For loaders: a batch's pixels are allocated once and nothing is copied.
+
+        Raises:
+            ImageError: (a ValueError) it cannot be read, or its size gives another layout.
+        """
+        image = self._rgb(picture)
+        canvas, found = self._laid_out(image)
+        if found != grid:
+            raise ImageError(f"its size, {image.width}x{image.height}, gives another layout than was announced")
+        self._cut(canvas, grid, tiles)
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
         return self.preprocess(images, **kwargs)
@@ -144,7 +157,7 @@ class HaploImageProcessor(BaseImageProcessor):
                 raise ImageError(f"video {number + 1} of {len(videos)} has no frames")
             for i, frame in enumerate(video):
                 try:
-                    pixels[number, i] = self._frame(self._rgb(frame))
+                    self._normalise(self._whole_tile(self._frame(self._rgb(frame))), pixels[number, i])
                 except ImageError as error:
                     raise ImageError(f"video {number + 1} of {len(videos)}, frame {i + 1}: {error}") from None
         counts = np.array([len(video) for video in videos])
@@ -153,8 +166,8 @@ class HaploImageProcessor(BaseImageProcessor):
     def _rgb(self, picture: Any) -> Image.Image:
         return as_picture(picture, self.max_pixels, keep_hidden=self.tiling == "released")
 
-    def _tiles(self, picture: Image.Image) -> tuple[np.ndarray, list[int]]:
-        """[tiles, 3, s, s] and the grid of one picture."""
+    def _laid_out(self, picture: Image.Image) -> tuple[Image.Image, ImageGrid]:
+        """The picture on its canvas of whole tiles, and its grid."""
         placed = self.place(picture.height, picture.width)
         if placed.shrunk:
             logger.warning(
@@ -162,15 +175,23 @@ class HaploImageProcessor(BaseImageProcessor):
                 f"shrunk to {placed.size[1]}x{placed.size[0]}, an aspect ratio that is allowed"
             )
         if self.tiling == "native":
-            resized = picture.resize(placed.size[::-1], Image.Resampling.BICUBIC)
-            return self._patches(resized), placed.grid.to_list()
-        canvas = self._paste(picture, placed)
-        side, cut = self.image_size, []
-        for top in range(0, placed.grid.tile_rows * side, side):
-            for left in range(0, placed.grid.tile_columns * side, side):
-                tile = canvas.crop((left, top, min(left + side, canvas.width), min(top + side, canvas.height)))
-                cut.append(self._normalise(tile))
-        return np.stack(cut), placed.grid.to_list()
+            return picture.resize(placed.size[::-1], Image.Resampling.BICUBIC), placed.grid
+        return self._paste(picture, placed), placed.grid
+
+    def _cut(self, canvas: Image.Image, grid: ImageGrid, tiles: np.ndarray) -> None:
+        """Cuts the canvas into its tiles, row by row, and writes their pixels into `tiles` [T, 3, s, s]."""
+        side = self.tile_side
+        if self.tiling == "native":  # tiles of a patch, hundreds of them: all at once
+            planes = np.empty((3, canvas.height, canvas.width), dtype=np.float32)
+            self._normalise(canvas, planes)
+            cut = planes.reshape(3, grid.tile_rows, side, grid.tile_columns, side).transpose(1, 3, 0, 2, 4)
+            tiles.reshape(cut.shape)[...] = cut
+            return
+        for number, pixels in enumerate(tiles):
+            top, left = number // grid.tile_columns * side, number % grid.tile_columns * side
+            box = (left, top, min(left + side, canvas.width), min(top + side, canvas.height))
+            tile = canvas if box == (0, 0, *canvas.size) else canvas.crop(box)
+            self._normalise(self._whole_tile(tile), pixels)
 
     def _paste(self, picture: Image.Image, placed: Placement) -> Image.Image:
         """The picture, resized, on a canvas of whole tiles."""
@@ -189,12 +210,11 @@ class HaploImageProcessor(BaseImageProcessor):
         canvas.paste(picture, (left, top))
         return canvas
 
-    def _frame(self, picture: Image.Image) -> np.ndarray:
-        """[3, s, s] of one frame, which is always one tile."""
-        if self.tiling != "released":
-            placed = place(picture.height, picture.width, self.image_size, self.patch_size, max_tiles=1)
-            picture = self._paste(picture, placed)
-        return self._normalise(picture)
+    def _frame(self, picture: Image.Image) -> Image.Image:
+        """One frame on the canvas of its one tile."""
+        if self.tiling == "released":
+            return picture
+        return self._paste(picture, place(picture.height, picture.width, self.image_size, self.patch_size, max_tiles=1))
 
     @property
     def mean_colour(self) -> tuple[int, int, int]:
@@ -202,21 +222,22 @@ class HaploImageProcessor(BaseImageProcessor):
         red, green, blue = (round(255 * mean) for mean in self.image_mean)
         return red, green, blue
 
-    def _normalise(self, tile: Image.Image) -> np.ndarray:
-        if tile.size != (self.image_size, self.image_size):
-            tile = tile.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        return self._pixels(tile)
+    @property
+    def tile_side(self) -> int:
+        """Pixels along a side of a picture's tile."""
+        return self.patch_size if self.tiling == "native" else self.image_size
 
-    def _patches(self, picture: Image.Image) -> np.ndarray:
-        """A picture of whole patches, row by row: [patches, 3, p, p]."""
-        size = self.patch_size
-        cut = self._pixels(picture).reshape(3, picture.height // size, size, picture.width // size, size)
-        return cut.transpose(1, 3, 0, 2, 4).reshape(-1, 3, size, size)
+    def _whole_tile(self, tile: Image.Image) -> Image.Image:
+        """A tile of image_size pixels, stretched where it has others."""
+        size = (self.image_size, self.image_size)
+        return tile if tile.size == size else tile.resize(size, Image.Resampling.BICUBIC)
 
-    def _pixels(self, picture: Image.Image) -> np.ndarray:
-        pixels = np.asarray(picture, dtype=np.float32) / 255.0
-        pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    def _normalise(self, picture: Image.Image, pixels: np.ndarray) -> None:
+        """Writes the pixels of a picture into `pixels` [3, H, W], a plane at a time: it stays in the cache."""
+        for plane, channel, mean, std in zip(pixels, picture.split(), self.image_mean, self.image_std, strict=True):
+            np.divide(np.asarray(channel), np.float32(255), out=plane, dtype=np.float32)
+            plane -= np.float32(mean)
+            plane /= np.float32(std)
 
 
 def _batch(data: dict[str, np.ndarray], return_tensors: str | None) -> BatchFeature:

@@ -33,6 +33,11 @@ class ImageGrid:
         """Sequence positions of the picture: a class token per tile, the patches, a newline token per row."""
         return self.tiles * int(class_token) + self.out_rows * (self.out_columns + int(newline))
 
+    def patch_places(self, class_token: bool, newline: bool) -> list[int]:
+        """Where the patches stand among the picture's tokens, row by row."""
+        first, step = self.tiles * int(class_token), self.out_columns + int(newline)
+        return [first + row * step + column for row in range(self.out_rows) for column in range(self.out_columns)]
+
     def to_list(self) -> list[int]:
         """The fields in their order, as a row of the model's `image_grids`."""
         return list(astuple(self))
@@ -61,6 +66,23 @@ class Placement:
     size: tuple[int, int]
     offset: tuple[int, int]
     shrunk: bool = False
+
+
+def patch_of_pixels(placed: Placement, height: int, width: int, patch: int) -> tuple[list[int], list[int]]:
+    """The row of patches that shows every row of a picture's pixels, and the column that shows every column.
+
+    For the picture drawn with height x width pixels, whatever its own size is; −1 where no patch shows it.
+    """
+    grid = placed.grid
+    return (
+        _patch_along(height, placed.size[0], placed.offset[0], grid.top, grid.rows, grid.out_rows, patch),
+        _patch_along(width, placed.size[1], placed.offset[1], grid.left, grid.columns, grid.out_columns, patch),
+    )
+
+
+def _patch_along(pixels: int, size: int, offset: int, first: int, kept: int, out: int, patch: int) -> list[int]:
+    places = [(offset + (pixel + 0.5) * size / pixels) / patch - first for pixel in range(pixels)]
+    return [min(out - 1, int(place * out / kept)) if 0 <= place < kept else -1 for place in places]
 
 
 def patches_per_side(tile: int, patch: int) -> int:

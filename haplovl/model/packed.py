@@ -69,19 +69,23 @@ class PackedPart(nn.Module):
     _save_to_state_dict = PackedLinear._save_to_state_dict
 
 
-def can_pack() -> bool:
-    """Whether this torch has oneDNN's packed linear layers."""
-    return torch.backends.mkldnn.is_available() and hasattr(_OPS, "_linear_pointwise")
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this torch has oneDNN's packed linear layers, and this CPU the instructions that they need."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(_OPS, "_linear_pointwise"):
+        return False
+    if dtype == torch.bfloat16:
+        return _OPS._is_mkldnn_bf16_supported()
+    return _OPS._is_mkldnn_fp16_supported() if dtype == torch.float16 else dtype == torch.float32
 
 
 def pack_for_cpu(model: nn.Module) -> nn.Module:
     """Makes a model on a CPU answer faster, in place; it can then neither be trained nor saved.
 
-    A model on a GPU, or a torch without oneDNN, is left as it is. Memory stays the same, apart from tied embeddings,
-    which are then held twice.
+    A model on a GPU, or in a precision that this CPU has no instructions for, is left as it is. Memory stays the same,
+    apart from tied embeddings, which are then held twice.
     """
     parameter = next(model.parameters(), None)
-    if parameter is None or parameter.device.type != "cpu" or not can_pack():
+    if parameter is None or parameter.device.type != "cpu" or not can_pack(parameter.dtype):
         return model
     model.requires_grad_(False)
     for parent in list(model.modules()):

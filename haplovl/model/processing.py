@@ -189,6 +189,12 @@ class HaploProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
 
 
+def reserved_words(tokenizer: Any) -> list[str]:
+    """What no text may hold: strings that the tokenizer reads as one special token, and the placeholders."""
+    own = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(own | {IMAGE_TOKEN, VIDEO_TOKEN})
+
+
 def _match(texts: list[str], given: Any, token: str, what: str, is_video: bool) -> list[Any]:
     """Flattens the pictures or videos, after checking them against the placeholders of every text."""
     wanted = [text.count(token) for text in texts]

@@ -4,18 +4,17 @@ A model whose image path has died still learns: it guesses answers from the ques
 figures tell the difference long before an evaluation does.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from haplovl.data.loader import IGNORE, Batch
 from haplovl.model import HaploForConditionalGeneration
+from haplovl.model.attention_weights import AttentionWeights
 from haplovl.model.media import image_sizes
 
 LOOK_EVERY = 50
@@ -68,11 +67,12 @@ def attention_to_images(
     if row is None and forward is None:
         return {}
     one = _one_row(model, batch, row or 0)
-    recorder = _Recorder(model, one, _queries(model, one, 0))
+    masses = _Masses(one.input_ids[0] == model.config.image_token_id)
+    weights = AttentionWeights(model, _queries(model, one, 0), masses.take)
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with recorder.attached(model), torch.compiler.set_stance("force_eager"):
+        with weights.attached(), torch.compiler.set_stance("force_eager"):
             if forward is None:
                 model.model(one.input_ids, one.pixel_values, one.image_grids, document_ids=one.document_ids)
             else:
@@ -80,7 +80,7 @@ def attention_to_images(
     finally:
         for module, mode in training.items():
             module.training = mode
-    return {} if row is None else recorder.means()
+    return {} if row is None else masses.means()
 
 
 def _queries(model: HaploForConditionalGeneration, batch: Batch, row: int) -> torch.Tensor:
@@ -111,67 +111,25 @@ def _one_row(model: HaploForConditionalGeneration, batch: Batch, row: int) -> Ba
     return Batch(*parts, pixels, batch.image_grids[first:stop], batch.record_ids)
 
 
-class _Recorder:
-    """Stands in for the sdpa backend during one look: sdpa's output, and beside it some rows of the weights.
+@dataclass
+class _Masses:
+    """Attention to pictures, layer by layer: means over heads and queries."""
 
-    It goes by the name of a backend that every language model of transformers and the mixed mask know already.
-    """
+    is_image: torch.Tensor
+    found: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {"pre": [], "post": []})
+    even: torch.Tensor | None = None
 
-    def __init__(self, model: HaploForConditionalGeneration, row: Batch, queries: torch.Tensor) -> None:
-        self.queries = queries
-        self.is_image = row.input_ids[0] == model.config.image_token_id
-        parts = {"attention_pre": model.model.pre_decoder, "attention_post": model.model.language_model}
-        self._part = {id(module): name for name, part in parts.items() if part is not None for module in part.modules()}
-        self._masses: dict[str, list[torch.Tensor]] = {"attention_pre": [], "attention_post": []}
-        self._even: torch.Tensor | None = None
-        self._sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    @contextmanager
-    def attached(self, model: HaploForConditionalGeneration) -> Iterator[None]:
-        """Puts the recorder in the place of the model's backends, and those back in the end."""
-        before = {"": model.config._attn_implementation, "text_config": model.config.text_config._attn_implementation}
-        model.set_attn_implementation({"": "sdpa", "text_config": "sdpa"})
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = self
-        try:
-            yield
-        finally:
-            del ALL_ATTENTION_FUNCTIONS["sdpa"]
-            model.set_attn_implementation(before)
-
-    def __call__(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        **options: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """Attention as sdpa computes it; shapes as in `haplovl.model.decoder.eager_attention`."""
-        part = self._part.get(id(module))
-        if part is None:  # a teacher that uses the same backend
-            return self._sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
-        chosen, width = query[:, :, self.queries], query.shape[-1]
-        grouped = chosen.reshape(1, key.shape[1], -1, width)  # heads that share keys stand side by side
-        scores = (grouped @ key.transpose(2, 3)).float() * (width**-0.5 if scaling is None else scaling)
-        allowed = self._allowed(attention_mask, key.shape[2])
-        weights = scores.unflatten(2, (-1, len(self.queries))).masked_fill(~allowed, -torch.inf).softmax(dim=-1)
-        self._masses[part].append(weights[..., self.is_image].sum(dim=-1).mean())
-        if self._even is None:
-            self._even = (allowed & self.is_image).sum(dim=-1).div(allowed.sum(dim=-1)).mean()
-        return self._sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
-
-    def _allowed(self, mask: torch.Tensor | None, keys: int) -> torch.Tensor:
-        """What the chosen queries see: [queries, keys]. Without a mask sdpa is causal; masks come as bool or to add."""
-        if mask is None:
-            return torch.arange(keys, device=self.queries.device) <= self.queries[:, None]
-        rows = mask[0, 0, self.queries]
-        return rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+    def take(self, part: str, weights: torch.Tensor, allowed: torch.Tensor) -> None:
+        """As `haplovl.model.attention_weights.Take`."""
+        self.found[part].append(weights[..., self.is_image].sum(dim=-1).mean())
+        if self.even is None:
+            self.even = (allowed & self.is_image).sum(dim=-1).div(allowed.sum(dim=-1)).mean()
 
     def means(self) -> dict[str, float]:
-        found = {name: float(torch.stack(masses).mean()) for name, masses in self._masses.items() if masses}
-        return {**found, "attention_even": float(self._even)} if self._even is not None else found
+        found = {
+            f"attention_{part}": float(torch.stack(masses).mean()) for part, masses in self.found.items() if masses
+        }
+        return {**found, "attention_even": float(self.even)} if self.even is not None else found
 
 
 @dataclass

@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import torch
 
-from haplovl.files import write_json
+from haplovl.files import RUN_FILE, write_json
 from haplovl.progress import Reporter, reporter
-from haplovl.tracking import TrainingRun
+from haplovl.tracking import PROJECT, TrackedRun
 from haplovl.train.image_path import ImagePathWatch
 
 GIB = 2.0**30
@@ -102,7 +102,7 @@ class Monitor:
             self.watch.note(row)
         self._log: Any = None
         self._report: Reporter | None = None
-        self._wandb: TrainingRun | None = None
+        self._wandb: TrackedRun | None = None
 
     def record(
         self, figures: StepFigures, record_ids: list[str], looks: dict[str, float] | None = None
@@ -178,17 +178,20 @@ def monitor(
     peak_tflops: float | None = None,
     earlier: Iterable[dict[str, Any]] = (),
     config: dict[str, Any] | None = None,
+    grouping: dict[str, Any] | None = None,
 ) -> Iterator[Monitor]:
     """Opens the log of a run: `folder/log.jsonl` (appended to), W&B and the progress line, on rank 0 only.
 
     `total` steps of `stage`; `key` is the run's identity, under which W&B finds it again; `earlier` are the rows of
-    the steps already taken, `config` what W&B shows as the run's settings.
+    the steps already taken, `config` the run's description, which `folder/run.json` and W&B hold, and `grouping` its
+    place among W&B's runs.
     """
     watcher = Monitor(folder, rank, device, peak_tflops, earlier)
     if rank:
         yield watcher
         return
-    run = TrainingRun("haplovl", f"{stage}-{key[:16]}", config or {})
+    write_json(folder / RUN_FILE, config or {})
+    run = TrackedRun(PROJECT, f"{stage}-{key[:16]}", config or {}, grouping)
     try:
         start = len(watcher.rows)
         with reporter(stage, total, start) as report, (folder / "log.jsonl").open("a", encoding="utf-8") as log:

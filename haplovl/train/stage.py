@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from haplovl.errors import UserError
-from haplovl.files import PREPARED, STAGE1, STAGE2, TEACHERS, require, sha256_of, sha256_of_folder, whole_folder
+from haplovl.files import HEADS, PREPARED, STAGE1, STAGE2, TEACHERS, require, sha256_of, sha256_of_folder, whole_folder
 from haplovl.model import HaploForConditionalGeneration, HaploProcessor
 from haplovl.model.inherit import inherit
 from haplovl.records import write_jsonl
@@ -124,6 +125,17 @@ def _code_hash() -> str:
     return fingerprint([[str(f.relative_to(package)), sha256_of(f)] for f in files])
 
 
+def _heads(objective: nn.Module | None) -> dict[str, torch.Tensor]:
+    """Weights of the throw-away heads that an objective has, in float32; all ranks call it."""
+    found = {name: getattr(objective, name, None) for name in ("vision_head", "text_head")}
+    return {
+        f"{head}.{name}": value.to(torch.float32, copy=True)
+        for head, module in found.items()
+        if module is not None
+        for name, value in full_weights(module)
+    }
+
+
 def save_stage(stage: Stage, rows: list[dict[str, Any]], connector_is_text_head: bool) -> None:
     """Writes the stage's transformers folder: weights, processor and the log without its timings; all ranks call it.
 
@@ -131,18 +143,21 @@ def save_stage(stage: Stage, rows: list[dict[str, Any]], connector_is_text_head:
     """
     precision = torch.float32 if stage.name == "stage1" else DTYPES[stage.settings.precision]
     weights = {name: value.to(precision) for name, value in full_weights(stage.model) if is_main()}
-    text_head = getattr(stage.objective, "text_head", None)
-    heads = dict(full_weights(text_head)) if text_head is not None else {}
+    heads = _heads(stage.objective)
     if not is_main():
         return
-    if heads and connector_is_text_head:
-        weights |= {f"model.connector.{name}": value.to(precision) for name, value in heads.items()}
+    if connector_is_text_head:
+        for name, value in heads.items():
+            if name.startswith("text_head."):
+                weights[name.replace("text_head", "model.connector")] = value.to(precision)
     if stage.name == "stage2" and stage.settings.lora is not None:
         weights = merged_weights(weights, stage.settings.lora)
     stage.model.config.dtype = precision
     with whole_folder(OUTPUTS[stage.name]) as folder:
         stage.model.eval().save_pretrained(folder, state_dict=weights)
         stage.processor.save_pretrained(folder)
+        if heads:
+            save_file(heads, folder / HEADS)
         write_jsonl(folder / "training_log.jsonl", map(without_measurements, rows))
     how = f"loss {rows[-1]['loss']:.4f} after {len(rows)} steps" if rows else "nothing to train in this recipe"
     say(f"{stage.name}: {how} -> {OUTPUTS[stage.name]}")

@@ -15,7 +15,8 @@ from haplovl.data.prepare import read_manifest
 from haplovl.errors import UserError
 from haplovl.files import write_json
 from haplovl.settings import ComputeProfile, Params
-from haplovl.train.checkpoint import RunFolder, barrier, say
+from haplovl.tracking import code_version, description, grouping
+from haplovl.train.checkpoint import RunFolder, barrier, is_main, say
 from haplovl.train.engine import DTYPES, accumulate, global_counts, make_engine, reduce_sum, start_distributed, update
 from haplovl.train.flops import Work
 from haplovl.train.image_path import attention_to_images, patch_gradient
@@ -53,7 +54,7 @@ def train_stage(name: str, params: Params, compute: ComputeProfile, resume_from:
         if compute.activation_checkpointing:
             stage.model.gradient_checkpointing_enable()
         folder = RunFolder.of(name, stage.identity)
-        rows = _run(stage, folder, params.seed, compute, device, resume_from)
+        rows = _run(stage, folder, params, compute, device, resume_from)
         save_stage(stage, rows, params.model.connector == "text_head")
         folder.finish()
         barrier()
@@ -65,12 +66,13 @@ def train_stage(name: str, params: Params, compute: ComputeProfile, resume_from:
 def _run(
     stage: Stage,
     folder: RunFolder,
-    seed: int,
+    params: Params,
     compute: ComputeProfile,
     device: torch.device,
     resume_from: Path | None,
 ) -> list[dict[str, Any]]:
     """Steps from the last checkpoint to the end; returns the whole log."""
+    seed = params.seed
     loader = _loader("train", stage, seed, compute)
     held_out = read_manifest()["totals"]["validation"]["records"]
     validation = Validation(_loader("validation", stage, seed, compute)) if held_out else None
@@ -82,7 +84,8 @@ def _run(
     stop, total = _StopSignals(), stage.settings.steps
     with monitor(
         stage.name, total, folder.path, folder.key, device, rank=dist.get_rank(), peak_tflops=compute.peak_tflops,
-        earlier=folder.keep_log(step), config={**stage.identity, "compute": compute.model_dump(mode="json")},
+        earlier=folder.keep_log(step), config=_description(stage, params, compute) if is_main() else {},
+        grouping=grouping(params, stage.name),
     ) as watch:  # fmt: skip
         ended = time.perf_counter()
         for batches in loader.steps(step, total):
@@ -116,6 +119,17 @@ def _run(
             ended = time.perf_counter()
     folder.finish_writing()
     return watch.rows
+
+
+def _description(stage: Stage, params: Params, compute: ComputeProfile) -> dict[str, Any]:
+    """What people and `haplovl compare` need to know about the run: settings, data, code and where it runs."""
+    return {
+        "stage": stage.name,
+        **description(params),
+        "initial_weights_sha256": stage.identity["initial weights"],
+        "code": code_version(stage.identity["code"]),
+        "compute": compute.model_dump(mode="json"),
+    }
 
 
 def _loader(split: str, stage: Stage, seed: int, compute: ComputeProfile) -> PackedLoader:

@@ -1,5 +1,6 @@
 """From validated records through shards to packed batches: nothing lost, nothing mislabelled, any position."""
 
+import io
 import json
 import threading
 import time
@@ -12,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from haplovl.data.loader import IGNORE, PackedLoader, PreparedRecords
+from haplovl.data import prepared as prepared_room
+from haplovl.data.loader import PackedLoader
 from haplovl.data.media import Media
 from haplovl.data.picture_facts import ReadPictures
 from haplovl.data.prepare import prepare, read_manifest
+from haplovl.data.prepared import IGNORE, PreparedRecords
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
 from haplovl.errors import UserError
 from haplovl.files import PREPARED, RAW, TEACHERS, VALIDATED, sha256_of
@@ -79,7 +82,7 @@ def test_too_long_records_are_refused_by_name_and_never_cut(project):
 
 
 def test_nothing_left_is_an_error_and_leaves_nothing(project):
-    with pytest.raises(UserError, match="no training record is left.*max_tokens"):
+    with pytest.raises(UserError, match=r"no training record is left.*max_tokens \(the shortest has \d+ tokens\)"):
         prepare(limited(project, 3))
     assert not PREPARED.exists()
 
@@ -94,7 +97,7 @@ def test_labels_are_the_answers_and_images_fill_their_blocks(project, processor)
         assert learnt == [label for label in sample.labels if label != IGNORE]
         answer = "yes" * (index % 2 + 1)
         assert processor.tokenizer.decode(learnt) == f" top left<|end|> {answer}<|end|>"
-        assert sample.input_ids.count(processor.image_token_id) == index * processor.image_tokens(32, 32)
+        assert list(sample.input_ids).count(processor.image_token_id) == index * processor.image_tokens(32, 32)
         assert (0 if sample.pixel_values is None else len(sample.pixel_values)) == index
 
 
@@ -111,8 +114,8 @@ def test_a_batch_holds_whole_documents_and_their_pictures_in_order(project, proc
         for document in range(int(batch.document_ids[row].max()) + 1):
             chosen = batch.document_ids[row] == document
             sample = by_id[next(names)]
-            assert batch.input_ids[row][chosen].tolist() == sample.input_ids
-            assert batch.labels[row][chosen].tolist() == sample.labels
+            assert batch.input_ids[row][chosen].tolist() == sample.input_ids.tolist()
+            assert batch.labels[row][chosen].tolist() == sample.labels.tolist()
             pixels += [] if sample.pixel_values is None else [sample.pixel_values]
     assert torch.equal(torch.cat(pixels), batch.pixel_values)
     assert bool((batch.labels[batch.document_ids < 0] == IGNORE).all())
@@ -281,6 +284,17 @@ def test_a_damaged_shard_is_named(project, processor):
             read()
 
 
+def test_more_shards_than_are_kept_open_are_read(mixed_sizes, monkeypatch):
+    params, processor, rows = mixed_sizes
+    prepare(params.model_copy(update={"prepare": params.prepare.model_copy(update={"records_per_shard": 2})}))
+    monkeypatch.setattr(prepared_room, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(prepared_room, "FOOTERS", 3)
+    records = PreparedRecords("train", processor)
+    assert len(list(PREPARED.glob("train-*.parquet"))) > 5
+    for index in [*range(20), *reversed(range(20)), 0, 19, 7]:
+        assert records[index].id == rows[index].record.id
+
+
 def test_pictures_do_not_stay_in_memory(mixed_sizes):
     params, processor, _ = mixed_sizes
     shards_of_four = params.prepare.model_copy(update={"records_per_shard": 4})
@@ -298,7 +312,7 @@ def test_reading_a_record_reads_few_others(project, processor):
     file = pq.ParquetFile(PREPARED / "train-00000.parquet")
     groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     assert sum(groups) == 50
-    assert max(groups) <= 16
+    assert max(groups) <= 32
 
 
 # --- any resolution ------------------------------------------------------------------------------------------------
@@ -346,7 +360,7 @@ def test_lengths_are_those_of_the_tokens_whatever_a_pictures_size(mixed_sizes):
         announced = [processor.image_tokens(image.height, image.width) for image in row.images]
         assert sample.id == row.record.id
         assert len(sample.input_ids) == len(sample.labels) == records.lengths[index]
-        assert sample.input_ids.count(processor.image_token_id) == sum(announced)
+        assert list(sample.input_ids).count(processor.image_token_id) == sum(announced)
         assert [processor.grid_tokens(grid) for grid in sample.image_grids] == announced
         if row.images:
             assert sample.pixel_values.shape == (sum(grid.tiles for grid in sample.image_grids), 3, 32, 32)
@@ -374,6 +388,17 @@ def test_prepare_counts_the_tokens_of_every_picture(mixed_sizes):
     assert kept == [length for length in lengths if length <= limit]
 
 
+def test_a_picture_of_another_size_than_announced_is_named(mixed_sizes):
+    params, processor, _ = mixed_sizes
+    prepare(params)
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")  # two rows of two tiles; 9x128 is one column
+    rewrite("images", lambda images: [file.getvalue()], record="r13")
+    records = PreparedRecords("train", processor)
+    with pytest.raises(UserError, match=r"record 'r13' in .*image 1 of 1: its size, 64x64, gives another layout"):
+        _ = records[13].pixel_values
+
+
 @pytest.mark.parametrize("interleaved", [0.0, 1.0])
 def test_packed_pictures_of_many_tiles_are_read_as_alone(mixed_sizes, model, interleaved):
     params, processor, _ = mixed_sizes
@@ -395,7 +420,7 @@ def test_packed_pictures_of_many_tiles_are_read_as_alone(mixed_sizes, model, int
                 while len(ids) < int(place.sum()):
                     sample = by_id[next(names)]
                     joined += bool(ids)
-                    ids += sample.input_ids
+                    ids += sample.input_ids.tolist()
                     pixels += [] if sample.pixel_values is None else [sample.pixel_values]
                     grids += sample.image_grids
                 assert batch.input_ids[row][place].tolist() == ids

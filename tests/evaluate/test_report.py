@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from haplovl.data.validated import ImageFile
+from haplovl.evaluate.looks import WRONG, DrawnLook, chosen
 from haplovl.evaluate.plots import MAX_POINTS, loss_curves
 from haplovl.evaluate.questions import Question, digest
 from haplovl.evaluate.report import OPEN_ENDED, OTHER, confusion, sample, worst_mistakes, write_report
@@ -60,10 +61,10 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def page_of(project: Path, params: Params, outcomes: list[Outcome], name: str = "index.html") -> str:
+def page_of(project: Path, params: Params, outcomes: list[Outcome], name: str = "index.html", looks=()) -> str:
     questions = [outcome.question for outcome in outcomes]
     metrics = {**score(outcomes), "questions": len(questions), "data": {"sha256": digest(questions)}}
-    write_report(project / name, params, metrics, outcomes, project)
+    write_report(project / name, params, metrics, outcomes, project, looks)
     return (project / name).read_text(encoding="utf-8")
 
 
@@ -78,6 +79,23 @@ def test_the_page_is_self_contained(project: Path, params: Params) -> None:
     assert page.count("<article") == params.evaluate.samples_in_report + 12
     for shown in ("Stage 1: distillation", "Stage 2: instruction tuning", "f00d", "model.layers", "1,234"):
         assert shown in page
+
+
+def test_where_answers_look_is_on_the_page(project: Path, params: Params) -> None:
+    outcomes = make_outcomes(20)
+    looks = [DrawnLook(outcome, b"a figure") for outcome in chosen(outcomes)]
+    page = page_of(project, params, outcomes, looks=looks)
+    assert page.count("data:image/png;base64,YSBmaWd1cmU=") == len(looks) == 2 + WRONG
+    assert "Where answers look" in page and "<script" not in page
+    assert "Where answers look" not in page_of(project, params, outcomes)
+
+
+def test_looks_are_right_answers_of_all_types_and_the_surest_mistakes() -> None:
+    outcomes = make_outcomes(20)
+    looked_at = chosen(outcomes)
+    assert [outcome.correct for outcome in looked_at] == [True] * 2 + [False] * WRONG
+    assert {outcome.question.kind for outcome in looked_at[:2]} == set(KINDS)
+    assert looked_at[2:] == worst_mistakes(outcomes, WRONG)
 
 
 def test_text_of_unknown_origin_is_escaped(project: Path, params: Params) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from haplovl.data.scenes import SceneMaker
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
 from haplovl.errors import UserError
+from haplovl.evaluate.looks import RIGHT, WRONG
 from haplovl.evaluate.runner import evaluate
 from haplovl.files import sha256_of
 from haplovl.records import IMAGE_PLACEHOLDER, Record, Turn
@@ -61,21 +62,29 @@ def test_evaluate_writes_metrics_predictions_and_report(project: Path, params: P
         "metrics/evaluation.json",
         "reports/evaluation/index.html",
         "reports/evaluation/predictions.jsonl",
+        "reports/evaluation/run.json",
     }
     metrics = json.loads(first["metrics/evaluation.json"])
     rows = [json.loads(line) for line in first["reports/evaluation/predictions.jsonl"].decode().splitlines()]
     assert metrics["questions"] == metrics["n"] == len(rows) == sum(t["n"] for t in metrics["types"].values())
     assert metrics["accuracy"] == round(sum(row["correct"] for row in rows) / len(rows), 4)
+    assert 0 <= metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"] < 1
+    assert json.loads(first["reports/evaluation/run.json"])["recipe"] == params.recipe
     assert all(0 < t["n"] <= 6 for t in metrics["types"].values())
     assert {"colour", "digit", "position", "count", "presence"} == set(metrics["types"])
     assert "Held-out questions" in capsys.readouterr().out
+    page = first["reports/evaluation/index.html"].decode()
+    assert 1 <= page.count('<div class="panel scroll look">') <= RIGHT + WRONG
+    assert all(len(row["images"]) == len(row["image_sha256"]) > 0 and row["source"] == "scenes" for row in rows)
 
     evaluate(params, project)
     assert outputs(project) == first
     assert not any(str(project).encode() in content for content in first.values())
 
 
-def test_the_blanked_answers_do_not_depend_on_the_pictures(project: Path, params: Params) -> None:
+def test_the_blanked_answers_do_not_depend_on_the_pictures(project: Path, params: Params, monkeypatch) -> None:
+    monkeypatch.setattr("haplovl.evaluate.looks.RIGHT", 0)  # figures take longer than tiny answers
+    monkeypatch.setattr("haplovl.evaluate.looks.WRONG", 1)
     evaluate(params, project)
     before = predictions(project)
     random = Random(0)

@@ -36,11 +36,14 @@ def test_accuracy_majority_and_blank_image() -> None:
     ]
     metrics = score(outcomes)
     assert metrics["types"]["colour"] == {
-        "accuracy": 0.75, "majority": 0.5, "blank_image": 0.5, "margin": 0.25, "n": 4,
+        "accuracy": 0.75, "accuracy_low": 0.25, "accuracy_high": 1.0, "majority": 0.5, "blank_image": 0.5,
+        "margin": 0.25, "n": 4,
     }  # fmt: skip
-    assert metrics["types"]["presence"] == {
-        "accuracy": 1.0, "majority": 0.5, "blank_image": 0.5, "margin": 0.5, "n": 2,
-    }  # fmt: skip
+    presence = metrics["types"]["presence"]
+    # Two right answers of two prove little.
+    assert presence.pop("accuracy_low") < 0.5 and presence.pop("accuracy_high") == 1.0
+    assert presence == {"accuracy": 1.0, "majority": 0.5, "blank_image": 0.5, "margin": 0.5, "n": 2}
+    assert 0.3 < metrics["accuracy_low"] < metrics["accuracy"] < metrics["accuracy_high"] <= 1.0
     assert (metrics["accuracy"], metrics["majority"], metrics["blank_image"]) == (0.8333, 0.5, 0.5)
     assert metrics["n"] == 6
     assert list(metrics["types"]) == ["colour", "presence"]

@@ -20,7 +20,8 @@ from haplovl.model.export_released import export_released
 from haplovl.model.inherit import build_config, inherit
 from haplovl.settings import ModelSettings
 
-# fp32 sums in another order: fused kernels, patches by a matrix product. Measured worst case 3e-7 on these logits.
+# fp32 sums in another order: fused kernels, patches by a matrix product.
+# Measured worst case 2.1e-7 on logits of about 0.6.
 TOLERANCE = 1e-5
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}

@@ -1,6 +1,7 @@
 """A model packed for a CPU answers as before; it can neither be trained nor saved, and says so."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from haplovl.model import pack_for_cpu
+from haplovl.model import packed as packing
 from haplovl.model.cache import ROOM, GrowingLayer
 from haplovl.model.decoder import eager_attention, matmul_attention
 from haplovl.model.inherit import inherit
-from haplovl.model.packed import PackedPart
+from haplovl.model.packed import PackedLinear, PackedPart, can_pack
 
 # Sums in another order, as with any other matrix product: measured 7e-7 on logits of about 1.
 TOLERANCE = 1e-5
@@ -46,6 +48,7 @@ def test_a_packed_model_gives_the_same_logits_and_answers(vision, language, mode
         assert torch.equal(packed.generate(**inputs, **options), plain.generate(**inputs, **options))
 
 
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no instructions for bfloat16")
 def test_in_half_precision_it_differs_no_more_than_the_plain_model_does(model, inputs):
     real = inputs["attention_mask"].bool()
     with torch.inference_mode():
@@ -57,6 +60,14 @@ def test_in_half_precision_it_differs_no_more_than_the_plain_model_does(model, i
         assert packed.config._attn_implementation == "matmul"
         found = packed(**inputs).logits[real].float()
     assert (found - exact).abs().mean() < 1.5 * (plain - exact).abs().mean()
+
+
+def test_without_the_instructions_for_its_precision_a_model_stays_as_it_is(model, inputs, monkeypatch):
+    supported = SimpleNamespace(_linear_pointwise=None, _is_mkldnn_bf16_supported=lambda: False)
+    monkeypatch.setattr(packing, "_OPS", supported)
+    assert can_pack(torch.float32) and not can_pack(torch.bfloat16) and not can_pack(torch.float64)
+    half = pack_for_cpu(model.to(torch.bfloat16))
+    assert not any(isinstance(module, (PackedLinear, PackedPart)) for module in half.modules())
 
 
 def test_a_packed_model_refuses_to_be_saved(model, tmp_path):
@@ -78,13 +89,14 @@ def test_matmul_attention_is_the_definition(heads, masked):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
-def test_a_growing_layer_holds_what_a_dynamic_layer_holds():
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_a_growing_layer_holds_what_a_dynamic_layer_holds(rows):
     torch.manual_seed(0)
     ours, theirs = DynamicCache(), DynamicCache()
-    ours.layers, order = [GrowingLayer()], torch.tensor([1, 0, 1])
+    ours.layers, order = [GrowingLayer()], torch.arange(rows).flip(0)
     with torch.inference_mode():
         for step, length in enumerate((5, 1, ROOM - 7, 1, 1, 3, ROOM, 1)):
-            new = torch.randn(3, 2, length, 4)
+            new = torch.randn(rows, 2, length, 4)
             pairs = [cache.update(new, -new, 0) for cache in (ours, theirs)]
             assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
             if step == 2:

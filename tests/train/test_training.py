@@ -14,7 +14,8 @@ import yaml
 from run_state import complete
 from safetensors.torch import load_file
 
-from haplovl.files import sha256_of
+from haplovl.files import HEADS, sha256_of
+from haplovl.model import HaploForConditionalGeneration
 
 STEPS = 12
 
@@ -60,6 +61,17 @@ def test_stage1_learns_and_leaves_the_language_model_alone(project, trained):
     for name, value in teacher.items():
         ours = name if name == "lm_head.weight" else name.replace("model.", "model.language_model.", 1)
         assert torch.equal(weights[ours], value), name
+
+
+def test_stage1_leaves_its_heads_beside_the_model(project, trained):
+    heads = load_file(project / "models/stage1" / HEADS)
+    weights = load_file(project / "models/stage1/model.safetensors")
+    assert set(heads) == {"vision_head.weight", "vision_head.bias", "text_head.weight", "text_head.bias"}
+    assert {value.dtype for value in heads.values()} == {torch.float32}
+    for name in ("weight", "bias"):  # the connector starts from the text head, and stage 1 does not train it further
+        assert torch.equal(heads[f"text_head.{name}"], weights[f"model.connector.{name}"])
+    _, found = HaploForConditionalGeneration.from_pretrained(project / "models/stage1", output_loading_info=True)
+    assert not found["unexpected_keys"]
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_bytes(project, trained, tmp_path):

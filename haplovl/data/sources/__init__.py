@@ -54,8 +54,8 @@ class Collected:
         return self.settings.name
 
     def to_json(self) -> dict[str, Any]:
-        """The source as an element of sources.json."""
-        settings = self.settings.model_dump(mode="json")
+        """The source as an element of sources.json; its weight, which brings no other bytes, is left out."""
+        settings = self.settings.model_dump(mode="json", exclude={"weight"})
         about = {key: settings.pop(key) for key in ("name", "format", "license")}
         counts = {"records": self.records, "images": self.images, "skipped": self.skipped}
         return {**about, **counts, "sample_below": self.sample_below, "settings": settings, "files": list(self.files)}

@@ -216,7 +216,7 @@ class ImagePlaces:
             return
         prefix = self._prefix(name)
         if prefix is None:
-            raise ImageError("the source names no place for it")
+            raise ImageError("no place is named for it in the source's 'images'")
         real = resolve_inside(self.folders[prefix], name.removeprefix(prefix).lstrip("/") if prefix else name)
         with open_file(real):
             pass

@@ -32,6 +32,7 @@ COLUMNS = {
     "caption": ("caption", "text"),
 }
 """What a column may be, and the names under which it is looked for."""
+TEXTS = ("question", "answer", "caption")
 ROWS, ROWS_WITH_BYTES = 1024, 16
 """Rows that are read at a time, without and with pictures among the columns."""
 
@@ -64,7 +65,10 @@ def _bring_hub(settings: HubSource, bringing: Bringing) -> None:
         found = {name: None for pattern in settings.files for name in sorted(system.glob(f"{root}/{pattern}"))}
         names = [name for name in found if name.endswith(".parquet")]
         if not names:
-            raise UserError(f"the source {settings.name} has no Parquet file that fits {', '.join(settings.files)}")
+            raise UserError(
+                f"the source {settings.name} has no Parquet file that fits {', '.join(settings.files)} (a folder of "
+                "datasets' save_to_disk becomes one by load_from_disk(FOLDER).to_parquet(FILE))"
+            )
         for number, name in enumerate(names):
             with system.open(name, "rb") as file:
                 bringing.copy(file, f"{MEDIA}/part-{number:05d}.parquet", origin=name.removeprefix(f"{root}/"))
@@ -142,6 +146,11 @@ def _adapt(item: RawItem, row: dict[str, Any], names: dict[str, str], prompt: st
     if image is not None:
         ref = f"parquet:{item.file}!{item.position}!{names['image']}"
         data["image"] = [f"{ref}!{i}" for i in range(len(image))] if isinstance(image, list) else [ref]
+    odd = [role for role in TEXTS if not isinstance(row.get(role), str | None)]
+    if odd:
+        found = type(row[odd[0]]).__name__
+        error = f"the column '{names[odd[0]]}' must hold text as {odd[0]}, found {found}"
+        return replace(item, error=error, raw=str(names))
     talk = row.get("conversations")
     if isinstance(talk, str):
         try:

@@ -38,7 +38,11 @@ def entries(folder: Path, settings: AlpacaSource | ShareGptSource) -> Iterator[R
     adapt = _sharegpt if settings.format == "sharegpt" else _alpaca(settings.instruction)
     for path in annotation_files(folder, settings.annotations):
         for item in read_items(path):
-            yield adapt(item) if isinstance(item.data, dict) else item
+            if isinstance(item.data, dict) and (item.data.get("image") or item.data.get("images")):
+                error = f"the record names an image, but the format {settings.format} is for text; see the format llava"
+                yield replace(item, data=None, error=error, raw=str(item.data)[:1000])
+            else:
+                yield adapt(item) if isinstance(item.data, dict) else item
 
 
 def _sharegpt(item: RawItem) -> RawItem:

@@ -185,6 +185,10 @@ def test_sharegpt_and_dolphin_and_alpaca(tmp_path, collected) -> None:
     assert [turn.answer for turn in own.records[0].turns] == ["Hello"]
     assert [(turn.question, turn.answer) for turn in own.records[1].turns] == [("Why?", "Because.")]
     assert own.errors[2] == "the conversation is empty"
+    sharegpt[0]["image"] = "a.jpg"
+    own = collected(format="sharegpt", annotations=[write(tmp_path / "llava.json", sharegpt)])
+    assert own.errors[0] == "the record names an image, but the format sharegpt is for text; see the format llava"
+    assert not own.errors[1]
 
 
 def test_alpaca_and_dolphin(tmp_path, collected) -> None:

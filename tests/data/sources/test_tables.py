@@ -77,6 +77,16 @@ def test_captions_and_questions_in_columns_of_any_name(tmp_path, collected, pict
     assert own.records[0].turns[0].question == "<image>\nQ?"
 
 
+def test_mixed_up_columns_are_named(tmp_path, collected, picture) -> None:
+    path = write(tmp_path / "a.parquet", [{"photo": picture(5), "asked": "Q?", "answered": "A."}])
+    own = collected(format="parquet", files=[path], columns={"image": "asked", "answer": "photo"})
+    assert own.errors == ["the column 'photo' must hold text as answer, found bytes"]
+    own = collected(format="parquet", files=[path], columns={"image": "asked", "answer": "answered"})
+    assert own.pictures(0) == [
+        "the table's cell must hold an image file, found text; only pictures inside the table are read"
+    ]
+
+
 def test_a_folder_in_the_layout_of_the_hub(tmp_path, collected, picture) -> None:
     path = write(tmp_path / "hub/data/train-00000-of-00001.parquet", onevision(5, picture), ONEVISION)
     write(tmp_path / "hub/data/test-00000-of-00001.parquet", onevision(1, picture), ONEVISION)
@@ -85,7 +95,7 @@ def test_a_folder_in_the_layout_of_the_hub(tmp_path, collected, picture) -> None
     assert own.pictures(3) == [picture(3)]
     assert (own.folder / "media/part-00000.parquet").read_bytes() == Path(path).read_bytes()
     assert own.source.files[0]["origin"] == "data/train-00000-of-00001.parquet"
-    with pytest.raises(UserError, match="no Parquet file that fits data/none"):
+    with pytest.raises(UserError, match=r"no Parquet file that fits data/none.*to_parquet"):
         collected(format="hub", folder=str(tmp_path / "hub"), files=["data/none-*.parquet"])
 
 
