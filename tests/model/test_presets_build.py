@@ -26,7 +26,8 @@ BILLIONS = {"haplovl-7b": 7.05, "haplovl-8b": 8.35, "haplovl-8b-multi-image": 8.
 @pytest.mark.parametrize("name", sorted(BILLIONS))
 def test_a_preset_builds_on_the_meta_device(name, request, monkeypatch):
     monkeypatch.chdir(request.config.rootpath)
-    assert sorted(BILLIONS) == list_presets()
+    published = [name for name in list_presets() if load_params(f"params/{name}.yaml").teachers.language.kind == "hub"]
+    assert sorted(BILLIONS) == published
     params = load_params(f"params/{name}.yaml")
     vision = CLIPVisionConfig(**CLIP_L_336, patch_size=14, image_size=336)
     sizes = {"num_hidden_layers": 32, "num_attention_heads": 32, **LANGUAGE_MODELS[params.teachers.language.id]}
