@@ -170,7 +170,7 @@ class TrackedRun:
         def add(run: Any) -> None:
             import wandb
 
-            run.log({name: wandb.Table(columns=columns, data=rows(wandb), allow_mixed_types=True)})
+            run.log({name: wandb.Table(columns=columns, data=rows(wandb))})
 
         self._do(f"log the table '{name}'", add)
 
