@@ -3,6 +3,7 @@
 It is made from the files that the evaluation left and changes none of them.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from haplovl.tracking import PROJECT, TrackedRun, code_version, description, gro
 
 EXAMPLES = 200
 """Questions that are shown with their pictures: the same ones for every model, so that tables can be joined."""
-PREDICTIONS = 20_000
-"""Most rows of the table of all predictions."""
+PREDICTIONS = 10_000
+"""Most rows of the table of all predictions: more W&B cuts off."""
 ENLARGED = 4
 GAP = 4
 
@@ -41,7 +42,7 @@ def log_evaluation(params: Params, root: Path = Path(".")) -> None:
     if run.alive:
         run.summarise(figures(metrics))
         rows = [item.data for item, _ in zip(read_items(predictions), range(PREDICTIONS), strict=False)]
-        run.table("predictions", list(rows[0]), lambda wandb: [list(row.values()) for row in rows])
+        run.table("predictions", list(rows[0]), lambda wandb: [list(map(_cell, row.values())) for row in rows])
         chosen = sample(list(read_predictions(predictions).answers.values()), EXAMPLES)
         columns = ["picture", "id", "kind", "question", "answer", "prediction", "correct", "confidence"]
         media = Media(root / RAW)
@@ -55,6 +56,11 @@ def figures(metrics: dict[str, Any]) -> dict[str, float]:
     for kind, shares in metrics["types"].items():
         flat |= {f"{kind}/{name}": value for name, value in shares.items()}
     return flat
+
+
+def _cell(value: Any) -> Any:
+    """Lists become text: W&B wants one type in a column, and an empty list has another than one of texts."""
+    return json.dumps(value) if isinstance(value, list) else value
 
 
 def _example(wandb: Any, said: Said, media: Media) -> list[Any]:

@@ -14,6 +14,7 @@ from haplovl.errors import UserError
 from haplovl.files import read_json
 
 PREDICTIONS = "predictions"
+LISTS = ("images", "image_sha256")
 TIMEOUT = 300
 """Seconds that reading one run may take."""
 
@@ -49,8 +50,8 @@ def read_offline_run(folder: Path) -> OfflineRun:
                 item = record["history"]["item"]
                 if "loss" in item and "step" in item:
                     rows[item["step"]] = {name: value for name, value in item.items() if not name.startswith("_")}
-                if table := item.get(f"{PREDICTIONS}.path"):  # W&B's reader gives nested fields in one level
-                    predictions = _table(part / "files" / table)
+                if f"{PREDICTIONS}.path" in item:
+                    predictions = _table(part / "files" / item[f"{PREDICTIONS}.path"])
     return OfflineRun(config, [rows[step] for step in sorted(rows)], predictions)
 
 
@@ -86,6 +87,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a logged table, by the names of its columns."""
+    """The rows of a logged table, by the names of its columns; lists are logged as JSON."""
     content = read_json(path)
-    return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+    return [{name: json.loads(cell) if name in LISTS else cell for name, cell in row.items()} for row in rows]
