@@ -1,17 +1,22 @@
 """Greedy answers in batches are those of every question alone; their confidence, and the blanked picture."""
 
+import copy
 import json
 import shutil
 import weakref
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from noise import noise
 from PIL import Image
 
+from haplovl.data.conversation import TEMPLATES
 from haplovl.errors import UserError
 from haplovl.evaluate.answer import Answer, answer, blank, load_model, scored_answers
+from haplovl.model import HaploImageProcessor, HaploProcessor
 from haplovl.model.inherit import inherit
 from haplovl.settings import ModelSettings
 
@@ -22,7 +27,7 @@ QUESTIONS = ["What colour is the 3?", "Where is the 2?", "Which picture has more
 def pictures(tmp_path: Path) -> list[Path]:
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for i, path in enumerate(paths):
-        Image.effect_noise((32, 32), 40.0 * (i + 1)).convert("RGB").save(path)
+        noise(32, 32, i).save(path)
     return paths
 
 
@@ -91,13 +96,36 @@ def test_whatever_the_rotary_increments_of_images(
     assert_as_alone(model, processor, pictures, max_new_tokens=3, batch_tokens=150)
 
 
+@pytest.mark.parametrize(
+    "design",
+    [
+        {"fusion": "tower"},
+        {"fusion": "patches", "patch_size": 8},
+        {"fusion": "patches", "patch_size": 8, "post_mask": "causal"},
+        {"text_path": "residual"},
+        {"text_path": "direct"},
+    ],
+    ids=lambda design: " ".join(map(str, design.values())),
+)
+def test_other_designs(vision, language, tokenizer, pictures: list[Path], design: dict[str, Any]) -> None:
+    settings = ModelSettings(image_size=32, **design)
+    tiling = "native" if settings.fusion == "patches" else "haplovl"
+    images = HaploImageProcessor(32, 8, tiling=tiling)
+    template = TEMPLATES["plain"].jinja()
+    processor = HaploProcessor(images, tokenizer, template, settings.class_token, settings.image_newline)
+    torch.manual_seed(3)
+    vocabulary = processor.image_token_id, len(tokenizer), processor.video_token_id
+    model = inherit(vision, copy.deepcopy(language), settings, *vocabulary).eval()
+    assert_as_alone(model, processor, pictures, max_new_tokens=4)
+
+
 def test_pictures_of_several_tiles(tiny, tmp_path: Path) -> None:
     model, processor = tiny
     processor.image_processor.max_tiles = 4
     sizes = [(32, 32), (64, 30), (60, 64)]
     paths = [tmp_path / f"{width}x{height}.png" for width, height in sizes]
     for path, size in zip(paths, sizes, strict=True):
-        Image.effect_noise(size, 90.0).convert("RGB").save(path)
+        noise(*size).save(path)
     assert len({processor.image_tokens(height, width) for width, height in sizes}) == 3
     assert_as_alone(model, processor, paths, max_new_tokens=4)
 
@@ -175,7 +203,7 @@ def test_pictures_are_let_go_and_batches_stay_within_their_limits(tiny, pictures
     live, most = [0], [0]
 
     def open_picture(number: int) -> Image.Image:
-        image = Image.effect_noise((32, 32), 20.0 + number).convert("RGB")
+        image = noise(32, 32, number)
         live[0] += 1
         most[0] = max(most[0], live[0])
         weakref.finalize(image, lambda: live.__setitem__(0, live[0] - 1))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from noise import noise
 from PIL import Image
 
 from haplovl import cli
@@ -33,10 +34,6 @@ QUESTION = "Where is the red digit?"
 def tiled(tokenizer, max_tiles, **options):
     looks = HaploImageProcessor(TILE, PATCH, max_tiles, **options)
     return HaploProcessor(looks, tokenizer, chat_template=TEMPLATES["plain"].jinja())
-
-
-def noise(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def lit(processor, image, row, column, size=None):

@@ -3,10 +3,9 @@
 import json
 import shutil
 from pathlib import Path
-from random import Random
 
 import pytest
-from PIL import Image
+from noise import noise
 
 from haplovl.data.scenes import SceneMaker
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
@@ -87,9 +86,8 @@ def test_the_blanked_answers_do_not_depend_on_the_pictures(project: Path, params
     monkeypatch.setattr("haplovl.evaluate.looks.WRONG", 1)
     evaluate(params, project)
     before = predictions(project)
-    random = Random(0)
-    for path in (project / "data/raw/scenes/media/test").iterdir():
-        Image.effect_noise((32, 32), random.uniform(20, 120)).convert("RGB").save(path)
+    for seed, path in enumerate((project / "data/raw/scenes/media/test").iterdir()):
+        noise(32, 32, seed).save(path)
     evaluate(params, project)
     after = predictions(project)
     assert [row["blank_prediction"] for row in after] == [row["blank_prediction"] for row in before]

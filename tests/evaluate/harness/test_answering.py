@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from noise import noise
 from one_word_model import save_one_word_model
 from PIL import Image
 
@@ -22,7 +23,7 @@ def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     paths = [folder / f"{i}.png" for i in range(3)]
     for i, path in enumerate(paths):
-        Image.effect_noise((32, 32), 40.0 * (i + 1)).convert("RGB").save(path)
+        noise(32, 32, i).save(path)
     return paths
 
 
