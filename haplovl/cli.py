@@ -11,6 +11,7 @@ import typer
 
 from haplovl.cli_evidence import evidence
 from haplovl.cli_options import Images, MaxNewTokens, Model, Videos, only_errors_of_transformers
+from haplovl.cli_registry import versions
 
 app = typer.Typer(
     help="Train, evaluate and register your own single-transformer vision-language model.",
@@ -257,6 +258,7 @@ def export_released(
         raise UserError(str(error)) from None
 
 
+app.add_typer(versions)
 app.add_typer(evidence)
 
 

@@ -14,10 +14,10 @@ import yaml
 
 from haplovl.errors import UserError
 from haplovl.files import CANDIDATE, RUNS, STAGE2, read_json, require, sha256_of, write_json
+from haplovl.revisions import LOCK
 from haplovl.settings import Params
 from haplovl.tracking import start_wandb, wandb_mode
 
-LOCK = "dvc.lock"
 PUBLISHED = RUNS / "published.json"
 FALLBACK_NAME, FALLBACK_EMAIL = "HaploVL", "haplovl@localhost"
 
@@ -90,7 +90,7 @@ def _git(*arguments: str, check: bool = True) -> str:
     """
     try:
         done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=_with_identity()
+            ["git", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=with_identity()
         )
     except FileNotFoundError:
         raise UserError("publish needs git, which is not installed") from None
@@ -99,7 +99,7 @@ def _git(*arguments: str, check: bool = True) -> str:
     return "" if done.returncode else done.stdout.rstrip("\n")
 
 
-def _with_identity() -> dict[str, str]:
+def with_identity() -> dict[str, str]:
     """The environment, with a stand-in author where the user configured none."""
     environment = dict(os.environ)
     for key, fallback in (("name", FALLBACK_NAME), ("email", FALLBACK_EMAIL)):
@@ -157,7 +157,7 @@ def _register_with_gto(name: str) -> str:
     import gto.api
     from gto.exceptions import GTOException
 
-    identity = _with_identity()
+    identity = with_identity()
     author = identity.get("GIT_COMMITTER_NAME"), identity.get("GIT_COMMITTER_EMAIL")
     try:
         tag = gto.api.register(".", name, "HEAD", author=author[0], author_email=author[1])

@@ -6,7 +6,6 @@ what is not in its cache from the default remote.
 
 import hashlib
 import json
-import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -20,9 +19,9 @@ import yaml
 from haplovl.data.validated import FILE_NAME, ValidatedRecord, read_validated
 from haplovl.errors import UserError
 from haplovl.files import CANDIDATE, PREPARED, RAW, VALIDATED, read_json
+from haplovl.revisions import LOCK, commit_of, fetch, git
 
 WORKSPACE = "workspace"
-LOCK = "dvc.lock"
 SHOWN = 5
 """Ids that are kept as examples of every kind of change."""
 CHANGES = ("added", "removed", "changed")
@@ -91,29 +90,8 @@ def _table(version: str) -> Iterator[Path]:
         yield VALIDATED
         return
     with tempfile.TemporaryDirectory() as name:
-        _fetch(version, VALIDATED / FILE_NAME, Path(name) / FILE_NAME)
+        fetch(version, VALIDATED / FILE_NAME, Path(name) / FILE_NAME)
         yield Path(name)
-
-
-def _fetch(version: str, path: Path, target: Path) -> None:
-    """Brings a file of a version from DVC's cache or remote."""
-    from dvc.api import DVCFileSystem
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-    from scmrepo.exceptions import SCMError
-
-    _commit(version)
-    try:
-        # With today's remotes: those of an old version may not exist yet, or no longer.
-        config = dict(Repo(".").config)
-        DVCFileSystem(".", rev=version, config=config).get_file(path.as_posix(), str(target))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} of '{version}' cannot be found: that version has none, or it is neither in DVC's cache nor in the "
-            f"default remote (dvc remote list)"
-        ) from None
-    except (DvcException, SCMError, OSError) as error:
-        raise UserError(f"{path} of '{version}' cannot be read: {' '.join(str(error).split())}") from None
 
 
 @dataclass(frozen=True)
@@ -132,13 +110,13 @@ def seen(version: str = "") -> list[Seen]:
     Raises:
         UserError: the revision is unknown, or its dvc.lock names no prepared data.
     """
-    versions = [version] if version else _git("tag", "--list", "*@v*", "--sort=version:refname").splitlines()
+    versions = [version] if version else git("tag", "--list", "*@v*", "--sort=version:refname").splitlines()
     return [_seen(name) for name in versions]
 
 
 def _seen(version: str) -> Seen:
-    commit = _commit(version)
-    lock = yaml.safe_load(_git("show", f"{commit}:./{LOCK}") or "{}") or {}
+    commit = commit_of(version)
+    lock = yaml.safe_load(git("show", f"{commit}:./{LOCK}") or "{}") or {}
     outs = [out for stage in (lock.get("stages") or {}).values() for out in stage.get("outs") or []]
     hashes = {out["path"]: str(out.get("md5", "")) for out in outs}
     named = {path.as_posix(): hashes.get(path.as_posix(), "") for path in (RAW, VALIDATED, PREPARED)}
@@ -146,29 +124,9 @@ def _seen(version: str) -> Seen:
         raise UserError(f"'{version}' holds no {LOCK} that names {PREPARED}")
     with tempfile.TemporaryDirectory() as name:
         target = Path(name) / "candidate.json"
-        _fetch(version, CANDIDATE / target.name, target)
+        fetch(version, CANDIDATE / target.name, target)
         data = read_json(target).get("data", {})
     return Seen(version, commit, named, data.get("sources", {}))
-
-
-def _commit(version: str) -> str:
-    found = _git("rev-parse", "--verify", "--quiet", f"{version}^{{commit}}").strip()
-    if not found:
-        raise UserError(f"there is no git revision '{version}' here; 'git tag' and 'git log' list them")
-    return found
-
-
-def _git(*arguments: str) -> str:
-    """Output of a git command, empty if it fails.
-
-    Raises:
-        UserError: git is not installed.
-    """
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    except FileNotFoundError:
-        raise UserError("versions need git, which is not installed") from None
-    return "" if done.returncode else done.stdout
 
 
 def print_diff(before: str, after: str, as_json: bool) -> None:

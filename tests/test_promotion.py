@@ -1,0 +1,214 @@
+"""Champion and challenger, in a real repository of git, DVC and GTO: who gets into production, and the way back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+from typer.testing import CliRunner
+
+from haplovl.cli import app
+from haplovl.errors import UserError
+from haplovl.files import write_json
+from haplovl.promotion import get, in_stage, judge, promote, registered, rollback
+from haplovl.publish import publish
+from haplovl.settings import load_params
+
+ROOT = Path(__file__).parents[1]
+DVC_YAML = """
+stages:
+  train:
+    cmd: "true"
+    outs: [models/stage2]
+  evaluate:
+    cmd: "true"
+    outs: [reports/evaluation]
+  register:
+    cmd: "true"
+    outs: [candidate]
+artifacts:
+  haplovl:
+    path: models/stage2
+    type: model
+"""
+KINDS = ("colour", "count")
+PER_KIND = 300
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("GIT_", "WANDB_", "DVC_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    root = tmp_path / "project"
+    root.mkdir()
+    monkeypatch.chdir(root)
+    git("init", "-q")
+    Repo.init(".")
+    Path("dvc.yaml").write_text(DVC_YAML)
+    Path("params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    Path(".gitignore").write_text("/models/\n/candidate/\n/reports/\n/runs/\n/got*/\n")
+    git("add", "-A")
+    git("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start")
+    return root
+
+
+def git(*arguments):
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def train(weights: str, **wrong: int) -> str:
+    """A new registered version whose model answers so many questions of each kind wrong; returns its name."""
+    rows = [answer(kind, number, number >= wrong.get(kind, 0)) for kind in KINDS for number in range(PER_KIND)]
+    write(rows, weights)
+    Repo(".").commit(force=True)
+    return publish(load_params()).version
+
+
+def answer(kind: str, number: int, right: bool) -> dict:
+    return {
+        "id": f"{kind}{number}", "kind": kind, "source": "scenes", "question": f"Which {kind}?", "answer": "red",
+        "prediction": "red" if right else "blue", "images": ["file:a.png"], "image_sha256": ["0" * 64],
+        "confidence": -0.1,
+    }  # fmt: skip
+
+
+def write(rows: list[dict], weights: str) -> None:
+    for name in ("models/stage2", "reports/evaluation", "candidate"):
+        Path(name).mkdir(parents=True, exist_ok=True)
+    Path("models/stage2/model.safetensors").write_text(weights)
+    Path("reports/evaluation/predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    accuracy = sum(row["prediction"] == row["answer"] for row in rows) / len(rows)
+    candidate = {
+        "recipe": "haplovl", "seed": 17, "params": {}, "gate": {"passed": True, "reasons": []},
+        "model_sha256": weights, "data_manifest_sha256": "d",
+        "metrics": {"evaluation": {"accuracy": accuracy, "types": {}}},
+    }  # fmt: skip
+    write_json(Path("candidate/candidate.json"), candidate)
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_a_better_version_takes_over_and_a_worse_one_does_not(project):
+    first = train("first", colour=40, count=40)
+    assert (first, in_stage("haplovl", "prod")) == ("v0.0.1", None)
+    assert not promote("haplovl").reasons and in_stage("haplovl", "prod") == "v0.0.1"
+
+    better = train("better", colour=20, count=20)
+    verdict = promote("haplovl")
+    assert (verdict.champion, verdict.challenger, verdict.reasons) == ("v0.0.1", better, ())
+    assert verdict.differences["all"].mean == pytest.approx(40 / 600) and verdict.differences["all"].real
+    assert in_stage("haplovl", "prod") == better
+
+    worse = train("worse", colour=60, count=60)
+    refused = run("promote")
+    assert refused.exit_code == 1 and f"{worse} is not promoted, prod stays {better}" in refused.output
+    assert "worse than v0.0.2 on all questions: -13.3 points" in refused.output
+    assert in_stage("haplovl", "prod") == better
+    assert [(v.name, v.stages) for v in registered("haplovl")] == [("v0.0.1", ()), (better, ("prod",)), (worse, ())]
+
+    assert run("promote", worse, "--force").exit_code == 0
+    assert in_stage("haplovl", "prod") == worse
+
+
+def test_a_loss_on_one_kind_refuses_what_is_better_on_the_whole(project):
+    train("first", colour=100, count=10)
+    promote("haplovl")
+    train("second", colour=0, count=40)
+    verdict = promote("haplovl")
+    assert verdict.differences["all"].mean > 0
+    assert len(verdict.reasons) == 1 and "on 'count': -10.0 points" in verdict.reasons[0]
+
+
+def test_a_few_answers_less_are_noise(project):
+    train("first", colour=10, count=10)
+    promote("haplovl")
+    train("second", colour=12, count=11)
+    assert promote("haplovl").differences["all"].mean < 0
+    assert in_stage("haplovl", "prod") == "v0.0.2"
+
+
+def test_every_rollback_goes_one_further_back(project):
+    for number in range(3):
+        train(f"weights {number}", colour=30 - 10 * number)
+        promote("haplovl")
+    assert in_stage("haplovl", "prod") == "v0.0.3"
+    assert rollback("haplovl") == ("v0.0.3", "v0.0.2")
+    assert run("rollback").output == "prod: v0.0.2 → v0.0.1\n"
+    assert in_stage("haplovl", "prod") == "v0.0.1"
+    with pytest.raises(UserError, match=r"nothing was in 'prod' before v0\.0\.1"):
+        rollback("haplovl")
+    promote("haplovl", "v0.0.3")
+    assert rollback("haplovl") == ("v0.0.3", "v0.0.1")
+    assert git("tag", "--list", "haplovl#prod#*").count("\n") == 6, "nothing is forgotten: seven assignments"
+
+
+def test_the_files_of_a_version_are_fetched_by_us_and_by_dvc(project, tmp_path, monkeypatch):
+    train("first", colour=9)
+    promote("haplovl")
+    train("second")
+    promote("haplovl")
+    assert get("haplovl", Path("got")) == "v0.0.2"
+    assert Path("got/model.safetensors").read_text() == "second"
+    assert run("get", "--version", "haplovl@v0.0.1", "-o", "got1").exit_code == 0
+    assert Path("got1/model.safetensors").read_text() == "first"
+    with pytest.raises(UserError, match="got exists already"):
+        get("haplovl", Path("got"))
+    rollback("haplovl")
+    # From another repository, as somebody who serves the model does.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    Repo.init(".", no_scm=True)
+    command = [
+        sys.executable,
+        "-m",
+        "dvc",
+        "artifacts",
+        "get",
+        str(project),
+        "haplovl",
+        "--stage",
+        "prod",
+        "-o",
+        "served",
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert (elsewhere / "served/model.safetensors").read_text() == "first"
+
+
+def test_a_stage_of_its_own_and_the_list(project):
+    train("first", colour=30)
+    train("second", colour=20)
+    promote("haplovl", "haplovl@v0.0.1")
+    promote("haplovl", stage="canary")
+    rows = json.loads(run("models", "--json").output)
+    assert [(row["version"], row["stages"]) for row in rows] == [("v0.0.1", ["prod"]), ("v0.0.2", ["canary"])]
+    assert [row["accuracy"] for row in rows] == [0.95, pytest.approx(1 - 20 / 600)]
+    assert rows[0]["model_sha256"] == "first" and rows[0]["commit"] == git("rev-parse", "haplovl@v0.0.1^{commit}")
+    assert "prod" in run("models").output and "canary" in run("models").output
+
+
+def test_what_cannot_be_compared_is_refused(project):
+    with pytest.raises(UserError, match="no version of haplovl is registered yet"):
+        promote("haplovl")
+    with pytest.raises(UserError, match="no version of haplovl is in 'prod'"):
+        rollback("haplovl")
+    train("first")
+    promote("haplovl")
+    with pytest.raises(UserError, match=r"no version 'v9', only v0\.0\.1"):
+        promote("haplovl", "v9")
+    write([answer("colour", number, True) for number in range(20)], "second")
+    Repo(".").commit(force=True)
+    publish(load_params())
+    with pytest.raises(UserError, match="answer different questions: 580 only v0.0.1"):
+        judge("haplovl", "v0.0.2", "v0.0.1")
+    assert in_stage("haplovl", "prod") == "v0.0.1"
