@@ -1,4 +1,4 @@
-"""The Prefect flow `haplovl-full`: one task per stage of dvc.yaml, then `publish`.
+"""The Prefect flow `haplovl-full`: one task per stage of dvc.yaml, then `publish`; `haplovl-retrain` promotes as well.
 
 `python -m flows.pipeline` runs it here with a temporary Prefect server; prefect.yaml deploys it. The graph is DVC's
 own, so `dvc repro` does the same work and writes the same dvc.lock.
@@ -23,6 +23,7 @@ if "PREFECT_API_URL" not in os.environ:
     os.environ.setdefault("PREFECT_API_BLOCKS_REGISTER_ON_START", "false")
 
 from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
@@ -34,6 +35,7 @@ from haplovl.files import METRICS, REPORTS, RUNS, read_json
 
 REGISTER_STAGE = "register"
 REPORT = REPORTS / "evaluation" / "index.html"
+PUBLISHED = RUNS / "published.json"
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -85,15 +87,74 @@ def haplovl_full(compute: str = "laptop") -> State:
         state = publish_candidate(wait_for=[states[REGISTER_STAGE]], return_state=True)
         if not state.is_completed():
             return Failed(message=state.message)
+        show_scores()
     cached = sum(state.name == "Cached" for state in states.values())
     return Completed(message=f"{len(states) - cached} stages run, {cached} cached")
+
+
+def show_scores() -> None:
+    """The scores by question type and where the report is, as an artifact of the flow run in Prefect's UI."""
+    if not (METRICS / "evaluation.json").is_file():
+        return
+    evaluation, published = read_json(METRICS / "evaluation.json"), read_json(PUBLISHED)
+    rows = [f"| {' | '.join(row)} |" for row in _score_rows(evaluation)]
+    registered = published["version"] or "not registered: " + "; ".join(published["reasons"])
+    lines = [
+        f"Exact match on held-out questions: **{evaluation['accuracy']:.3f}**. Version: {registered}.",
+        "",
+        "| question type | accuracy | majority | blank image | questions |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        f"Report: `{REPORT.absolute()}`",
+    ]
+    create_markdown_artifact("\n".join(lines), key="haplovl-scores", description="Scores of the version")
+
+
+@task(name="promote", task_run_name="promote", cache_policy=NO_CACHE, persist_result=False)
+def promote_challenger(stage: str) -> State:
+    """Puts the published version into a stage unless it is worse than the present one; a refusal is no failure."""
+    from haplovl.promotion import promote
+    from haplovl.promotion_tables import outcome
+    from haplovl.settings import load_params
+
+    published = read_json(PUBLISHED)
+    if published["version"] is None:
+        return Completed(name="NotRegistered", message="not registered: " + "; ".join(published["reasons"]))
+    try:
+        verdict = promote(load_params().register_.name, published["version"], stage)
+    except UserError as error:
+        return Failed(message=f"promote failed: {error}")
+    name = "NotPromoted" if verdict.reasons else "Cached" if verdict.champion == verdict.challenger else None
+    return Completed(name=name, message=outcome(verdict, stage))
+
+
+@flow(name="haplovl-retrain", persist_result=False)
+def haplovl_retrain(compute: str = "laptop", stage: str = "prod") -> State:
+    """As haplovl-full, then the new version takes the production model's place unless it is worse.
+
+    Where nothing changed since the last run, every stage is cached and nothing is trained.
+
+    Args:
+        compute: profile of infra/compute/ for the stages that train or evaluate.
+        stage: where the version is promoted to.
+    """
+    full = haplovl_full(compute=compute, return_state=True)
+    if not full.is_completed():
+        return Failed(message=full.message)
+    promoted = promote_challenger(stage, return_state=True)
+    if not promoted.is_completed():
+        return Failed(message=promoted.message)
+    return Completed(message=f"{full.message}; {promoted.message}")
 
 
 def main() -> None:
     """Runs the flow in the current folder and prints the summary; exits with 1 when a stage failed."""
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description="Runs what changed, then publishes.")
     parser.add_argument("--compute", default=os.environ.get("HAPLOVL_COMPUTE") or "laptop", metavar="PROFILE")
-    compute = parser.parse_args().compute
+    parser.add_argument("--promote", action="store_true", help="then promote the version unless it is worse")
+    arguments = parser.parse_args()
+    compute, run = arguments.compute, haplovl_retrain if arguments.promote else haplovl_full
     _check_project(compute)
     logging.getLogger("prefect").addFilter(lambda record: "temporary server" not in record.getMessage())
     # Prefect hands SIGTERM on once the stage has ended; dying of it would leave the temporary server behind.
@@ -102,12 +163,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         start_server()
-        state = haplovl_full(compute=compute, return_state=True)
+        state = run(compute=compute, return_state=True)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; run the same command again to go on from the last finished stage or checkpoint")
     if not state.is_completed():
         sys.exit(f"error: {state.message}")
-    print_summary(state.message or "")
+    print_summary(run.name, state.message or "")
 
 
 def start_server() -> None:
@@ -138,19 +199,19 @@ def _check_project(compute: str) -> None:
         sys.exit(f"error: {error}")
 
 
-def print_summary(outcome: str) -> None:
+def print_summary(name: str, outcome: str) -> None:
     """Accuracy per question type, where the report is, the version, and a command that asks the new model."""
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"\n[bold]haplovl-full[/bold]: {outcome}")
+    console.print(f"\n[bold]{name}[/bold]: {outcome}")
     if not (METRICS / "evaluation.json").is_file():
         return
     console.print(_scores_table(read_json(METRICS / "evaluation.json")))
     if REPORT.is_file():
         console.print(f"report   {REPORT}", markup=False)
-    if (RUNS / "published.json").is_file():
-        published = read_json(RUNS / "published.json")
+    if PUBLISHED.is_file():
+        published = read_json(PUBLISHED)
         console.print(
             f"version  {published['version'] or 'not registered: ' + '; '.join(published['reasons'])}", markup=False
         )
@@ -165,10 +226,17 @@ def _scores_table(evaluation: dict[str, Any]) -> Any:
     table.add_column("question type")
     for column in ("accuracy", "majority", "blank image", "questions"):
         table.add_column(column, justify="right")
-    for name, scores in evaluation["types"].items():
-        values = (scores["accuracy"], scores["majority"], scores["blank_image"])
-        table.add_row(name, *(f"{value:.3f}" for value in values), str(scores["n"]))
+    for row in _score_rows(evaluation):
+        table.add_row(*row)
     return table
+
+
+def _score_rows(evaluation: dict[str, Any]) -> list[list[str]]:
+    columns = ("accuracy", "majority", "blank_image")
+    return [
+        [name, *(f"{scores[column]:.3f}" for column in columns), str(scores["n"])]
+        for name, scores in evaluation["types"].items()
+    ]
 
 
 def _ask_command() -> str | None:
