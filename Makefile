@@ -1,5 +1,6 @@
 # make pipeline   everything: .venv, then the Prefect flow over all stages of dvc.yaml, then the version
 # make compare    recipes on equal terms, then reports/comparison/;  make ablations  single switches
+# make serve      a Prefect server and worker for this checkout; make retrain  make pipeline, then promotion
 # make test       the fast tests;  make test-slow  drills that take minutes;  make test-harness  through lmms-eval
 # make eval-env   .venv-eval: lmms-eval, for published benchmarks; docs/benchmarks.md says how for GPUs
 PYTHON ?= python3
@@ -16,11 +17,18 @@ COMPUTE ?= $(or $(HAPLOVL_COMPUTE),laptop)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: pipeline compare ablations test test-slow test-harness lint venv eval-env clean
+.PHONY: pipeline retrain serve compare ablations test test-slow test-harness lint venv eval-env clean
 .DEFAULT_GOAL := pipeline
 
 pipeline: $(READY)
 	@$(BIN)/python -m flows.pipeline --compute $(COMPUTE)
+
+# The pipeline, then the new version takes the production model's place unless it is worse.
+retrain: $(READY)
+	@$(BIN)/python -m flows.pipeline --promote --compute $(COMPUTE)
+
+serve: $(READY)
+	@$(BIN)/python -m flows.serve $(if $(PORT),--port $(PORT))
 
 # Both go on where they were interrupted; JOBS=1 trains one recipe at a time.
 compare ablations: $(READY)

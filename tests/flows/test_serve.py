@@ -1,0 +1,118 @@
+"""`make serve`: a real server and worker that the test starts; deployments, an event, one run at a time, a dead run."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DVC_YAML = """
+stages:
+  only:
+    cmd: sleep 2; cp source.txt out.txt; echo $HAPLOVL_COMPUTE > compute.txt
+    deps: [source.txt]
+    outs: [out.txt]
+"""
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture
+def project(tmp_path):
+    root = tmp_path / "project"
+    root.mkdir()
+    (root / "dvc.yaml").write_text(DVC_YAML)
+    (root / "source.txt").write_text("first\n")
+    (root / ".gitignore").write_text("/runs/\n/out.txt\n/compute.txt\n/flows/\n")
+    shutil.copy(ROOT / "prefect.yaml", root)
+    shutil.copytree(ROOT / "flows", root / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"], ["git", "add", "-A"]):
+        subprocess.run(command, cwd=root, check=True)
+    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start"], cwd=root, check=True)
+    return root
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def serving(root):
+    """Server and worker; yields a function that asks `prefect` about them, and the URL."""
+    port = free_port()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    command = [sys.executable, "-m", "flows.serve", "--port", str(port)]
+    log = (root.parent / "serve.log").open("w+")
+    served = subprocess.Popen(command, cwd=root, env=env, stdout=log, stderr=log, start_new_session=True)
+
+    def said():
+        log.seek(0)
+        return log.read()
+
+    def prefect(*arguments):
+        url = {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "COLUMNS": "250", "NO_COLOR": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", *arguments], cwd=root, env={**env, **url}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    try:
+        wait_until(lambda: "Ctrl-C ends" in said() or served.poll() is not None, 240)
+        assert served.poll() is None, said()
+        yield prefect, port
+    finally:
+        served.send_signal(signal.SIGINT)
+        served.wait(60)
+    assert served.returncode == 0, said()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def wait_until(happened, seconds):
+    until = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.5)
+    return found
+
+
+def runs(prefect, flow):
+    """States of the flow's runs that were to start by now, the newest first."""
+    found = json.loads(prefect("flow-run", "ls", "--flow-name", flow, "--limit", "50", "--output", "json"))
+    return [
+        run["state"]["type"] for run in found if run["state"]["name"] != "Scheduled" or run["auto_scheduled"] is False
+    ]
+
+
+def test_deployments_run_here_one_at_a_time_and_new_data_starts_the_second(project):
+    with serving(project) as (prefect, port):
+        # Only this machine may connect.
+        others = [address for *_, address in socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)]
+        for host, _ in others:
+            if not host.startswith("127."):
+                with pytest.raises(OSError):
+                    socket.create_connection((host, port), timeout=2)
+
+        prefect("deployment", "run", "haplovl-full/haplovl-full", "-p", "compute=elsewhere", "--watch")
+        assert (project / "out.txt").read_text() == "first\n"
+        assert (project / "compute.txt").read_text() == "elsewhere\n"
+
+        (project / "source.txt").write_text("second\n")
+        prefect("event", "emit", "haplovl.data.changed", "--resource-id", "haplovl.data")
+        wait_until(lambda: (project / "out.txt").exists() and (project / "out.txt").read_text() == "second\n", 120)
+
+        assert (
+            "Concurrency Limit" in (pool := prefect("work-pool", "inspect", "haplovl")) or "concurrency_limit=1" in pool
+        )
+        assert "nightly" in prefect("deployment", "inspect", "haplovl-retrain/haplovl-retrain")
+        assert "mark silent runs as crashed" in prefect("automation", "ls")
