@@ -9,7 +9,7 @@ import pytest
 LAYERS = ["settings", "records", "pictures", "model", "data", "teachers", "train", "evaluate", "registry", "cli"]
 ALLOWED = {
     "model": {"settings", "pictures"},
-    "data": {"settings", "data_settings", "records", "pictures", "files", "errors", "progress", "model"},
+    "data": {"settings", "data_settings", "records", "pictures", "files", "errors", "progress", "revisions", "model"},
     "train": {"settings", "records", "files", "errors", "progress", "tracking", "model", "data", "teachers"},
     "evaluate": {"settings", "records", "pictures", "files", "errors", "progress", "tracking", "model", "data"},
 }
