@@ -113,20 +113,27 @@ def show_scores() -> None:
 
 @task(name="promote", task_run_name="promote", cache_policy=NO_CACHE, persist_result=False)
 def promote_challenger(stage: str) -> State:
-    """Puts the published version into a stage unless it is worse than the present one; a refusal is no failure."""
-    from haplovl.promotion import promote
+    """Puts the published version into a stage unless it is worse than the present one; a refusal is no failure.
+
+    A version that was there before is left alone: somebody rolled it back or replaced it.
+    """
+    from haplovl.promotion import in_stage, promote, was_in_stage
     from haplovl.promotion_tables import outcome
     from haplovl.settings import load_params
 
     published = read_json(PUBLISHED)
     if published["version"] is None:
         return Completed(name="NotRegistered", message="not registered: " + "; ".join(published["reasons"]))
+    name, version = load_params().register_.name, published["version"]
+    if was_in_stage(name, version, stage) and (present := in_stage(name, stage)) != version:
+        why = f"{version} was in {stage} before, which holds {present or 'nothing'} now; haplovl promote puts it back"
+        return Completed(name="NotPromoted", message=why)
     try:
-        verdict = promote(load_params().register_.name, published["version"], stage)
+        verdict = promote(name, version, stage)
     except UserError as error:
         return Failed(message=f"promote failed: {error}")
-    name = "NotPromoted" if verdict.reasons else "Cached" if verdict.champion == verdict.challenger else None
-    return Completed(name=name, message=outcome(verdict, stage))
+    state = "NotPromoted" if verdict.reasons else "Cached" if verdict.champion == verdict.challenger else None
+    return Completed(name=state, message=outcome(verdict, stage))
 
 
 @flow(name="haplovl-retrain", persist_result=False)

@@ -68,6 +68,11 @@ def in_stage(name: str, stage: str) -> str | None:
     return path[-1] if path else None
 
 
+def was_in_stage(name: str, version: str, stage: str) -> bool:
+    """Whether a version is in a stage now or was ever put there."""
+    return any(version == held for held, _ in _assignments(name, stage))
+
+
 def promote(name: str, version: str | None = None, stage: str = PROD, force: bool = False) -> Verdict:
     """Puts a version (the newest by default) into a stage if it is not worse than the one there, or with `force`.
 
@@ -204,20 +209,29 @@ def _path_to(name: str, stage: str) -> list[str]:
 
     What was rolled back is not part of it. GTO numbers its tags, so their order does not hang on a clock.
     """
-    pattern = "%(refname:strip=2)%09%(*objectname)%09%(contents:subject)"
-    lines = git("for-each-ref", f"--format={pattern}", "refs/tags").splitlines()
-    form = re.compile(rf"{re.escape(name)}#{re.escape(stage)}(!?)#(\d+)")
-    events = [(found, *line.split("\t")[1:]) for line in lines if (found := form.fullmatch(line.split("\t")[0]))]
-    versions = {commit_of(tag): tag.removeprefix(f"{name}@") for tag in _tags(f"{name}@v*") if "!" not in tag}
     path: list[str] = []
-    for found, commit, subject in sorted(events, key=lambda event: int(event[0][2])):
-        if found[1]:
+    for version, subject in _assignments(name, stage):
+        if version is None:
             path = []
         elif subject.startswith(ROLLED_BACK):
             path = path[:-1]
-        elif commit in versions:
-            path.append(versions[commit])
+        else:
+            path.append(version)
     return path
+
+
+def _assignments(name: str, stage: str) -> list[tuple[str | None, str]]:
+    """What was put into a stage, in order, with the messages; None for the version where the stage was freed."""
+    pattern = "%(refname:strip=2)%09%(*objectname)%09%(contents:subject)"
+    tags = [line.split("\t") for line in git("for-each-ref", f"--format={pattern}", "refs/tags").splitlines()]
+    versions = {commit: tag.removeprefix(f"{name}@") for tag, commit, _ in tags if tag.startswith(f"{name}@v")}
+    form = re.compile(rf"{re.escape(name)}#{re.escape(stage)}(!?)#(\d+)")
+    events = [(found, commit, subject) for tag, commit, subject in tags if (found := form.fullmatch(tag))]
+    return [
+        (None if found[1] else versions[commit], subject)
+        for found, commit, subject in sorted(events, key=lambda event: int(event[0][2]))
+        if found[1] or commit in versions
+    ]
 
 
 def _assign(name: str, version: str, stage: str, message: str) -> None:

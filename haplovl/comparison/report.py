@@ -2,7 +2,7 @@
 
 import base64
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,23 @@ def write_report(groups: Sequence[str] | None = None) -> None:
     views = {group: _view(settings, group, reference) for group in groups or GROUPS}
     views = {name: view for name, view in views.items() if groups or len(view) > 1}
     with whole_folder(REPORT) as folder:
-        _write_csv(folder / "runs.csv", [row for view in views.values() for row in _run_rows(view)])
+        _write_csv(folder / "runs.csv", _once(row for view in views.values() for row in _run_rows(view)))
         _write_csv(folder / "summary.csv", [row for name, view in views.items() for row in _summary_rows(name, view)])
-        _write_csv(folder / "curves.csv", [row for view in views.values() for row in _curve_rows(view)])
+        _write_csv(folder / "curves.csv", _once(row for view in views.values() for row in _curve_rows(view)))
         write_whole(folder / "index.html", _page(settings, views))
     console = Console()
     for name, view in views.items():
         console.print(summary_table(TITLES[name], view))
     console.print(f"The report is {REPORT / 'index.html'}")
+
+
+def _once(rows: Iterable[Any]) -> list[Any]:
+    """Rows without repetition: the reference is part of every view."""
+    known: list[Any] = []
+    for row in rows:
+        if row not in known:
+            known.append(row)
+    return known
 
 
 def _view(settings: CompareSettings, group: str, reference: list[Result]) -> list[Summary]:

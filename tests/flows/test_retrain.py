@@ -113,6 +113,12 @@ def test_only_what_is_not_worse_reaches_production(project):
     assert retrain(project, wrong=300).endswith("not registered: accuracy is below 0.500")
     assert in_production(project) == ["v0.0.3"]
 
+    # A night after a rollback, the version that was taken back does not return by itself.
+    retrain(project, wrong=10)
+    assert command("haplovl", "rollback", root=project).returncode == 0
+    assert "v0.0.3 was in prod before, which holds v0.0.1 now" in retrain(project)
+    assert in_production(project) == ["v0.0.1"]
+
     # What the flow's page in Prefect shows.
     shown = command("prefect", "artifact", "inspect", "haplovl-scores", "--limit", "10", root=project)
     assert "| colour | 0.975 | 0.200 | 0.200 | 400 |" in shown.stdout and "v0.0.3" in shown.stdout, shown
