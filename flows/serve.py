@@ -17,6 +17,8 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
+
 from haplovl.errors import UserError
 
 POOL = "haplovl"
@@ -26,6 +28,7 @@ HEARTBEAT_SECONDS = 30
 SILENT_SECONDS = 3 * HEARTBEAT_SECONDS
 ZOMBIES = "haplovl: mark silent runs as crashed"
 START_SECONDS = 180.0
+END_SECONDS = 20
 PREFECT = [sys.executable, "-m", "prefect"]
 
 
@@ -50,12 +53,21 @@ def running(command: list[str], env: dict[str, str], log: Path) -> Iterator[subp
     try:
         yield process
     finally:
-        for number, seconds in ((signal.SIGTERM, 20), (signal.SIGKILL, 5)):
-            try:
-                os.killpg(process.pid, number)
-                process.wait(seconds)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
+        end(process.pid)
+
+
+def end(pid: int) -> None:
+    """Ends a process and all its descendants, stages that run in groups of their own too: training saves its state."""
+    try:
+        parent = psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return
+    family = [parent, *parent.children(recursive=True)]
+    for send in (psutil.Process.terminate, psutil.Process.kill):
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                send(process)
+        _, family = psutil.wait_procs(family, timeout=END_SECONDS)
 
 
 def wait_for(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -100,9 +112,8 @@ def make_automations() -> None:
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import EventTrigger, Posture
     from prefect.events.schemas.events import ResourceSpecification
-    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
-    with suppress(ObjectNotFound, PrefectHTTPStatusError, ValueError):
+    with suppress(ValueError):  # there is none yet
         Automation.read(name=ZOMBIES).delete()
     heartbeat = "prefect.flow-run.heartbeat"
     ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}

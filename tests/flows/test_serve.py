@@ -107,3 +107,13 @@ def test_deployments_run_here_one_at_a_time_and_new_data_starts_the_second(proje
         assert pool["concurrency_limit"] == 1
         assert "nightly" in prefect("deployment", "inspect", "haplovl-retrain/haplovl-retrain")
         assert "mark silent runs as crashed" in prefect("automation", "ls")
+
+
+def test_the_end_of_serving_ends_the_stage_that_runs(project):
+    (project / "dvc.yaml").write_text(DVC_YAML.replace("sleep 2;", "echo $$ > pid; exec sleep 300;"))
+    with serving(project) as (prefect, _):
+        prefect("deployment", "run", "haplovl-full/haplovl-full")
+        pid = int(wait_until(lambda: (project / "pid").exists() and (project / "pid").read_text().strip(), 120))
+        os.kill(pid, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
