@@ -18,12 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from haplovl.errors import UserError
+from haplovl.errors import EXIT_AGAIN, UserError
+from haplovl.train.launch import EXIT_PREEMPTED
 
 TAIL_LINES = 20
 TAIL_BYTES = 64 * 1024
 INTERRUPT_SECONDS = 20
 """How long an interrupted stage may take to write its checkpoint before it is killed."""
+
+_AGAIN = re.compile(rf"exited with ({EXIT_AGAIN}|{EXIT_PREEMPTED})\b|Unable to acquire lock")
+"""What DVC says of a stage that a temporary fault or a stop signal ended, or while another of its processes works."""
 
 _running: set[subprocess.Popen[bytes]] = set()
 """Commands that run now, in whatever thread."""
@@ -108,6 +112,15 @@ def run_stage(name: str, compute: str, on_line: Callable[[str], None]) -> tuple[
     }
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", name]
     return stream(command, environment, None if sys.stdout.isatty() else on_line)
+
+
+def may_help_again(last_lines: list[str]) -> bool:
+    """Whether a stage that ended with these lines may well succeed when it is run again as it is.
+
+    So it is after a fault of network or file system, or a stop signal with a checkpoint; never after wrong data,
+    settings or code.
+    """
+    return any(_AGAIN.search(line) for line in last_lines)
 
 
 def stream(

@@ -203,11 +203,30 @@ class Params(Strict):
         return self
 
 
+class SlurmSettings(Strict):
+    """What a job asks of Slurm; what is not set is left to the cluster's defaults."""
+
+    nodes: PositiveInt = 1
+    """Nodes that the profile's processes are spread over, as many on each."""
+    partition: str | None = None
+    account: str | None = None
+    time_limit: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d{2}){0,2}$")] | None = None
+    """As sbatch takes it: minutes, `hours:minutes:seconds` or `days-hours`."""
+    stop_seconds: PositiveInt = 120
+    """How long before the time limit training is told to write a checkpoint; the job then queues again."""
+    most_requeues: PositiveInt = 100
+    """How often a job that was stopped so may queue again."""
+    options: list[Annotated[str, Field(pattern=r"^--\S")]] = []
+    """Further options of sbatch, such as `--qos=long` or `--exclusive`."""
+
+
 class ComputeProfile(Strict):
     """Where and how a job runs; never part of a result's identity."""
 
     name: str
-    launcher: Literal["local"] = "local"
+    launcher: Literal["local", "slurm"] = "local"
+    """Who starts the training stages' processes; everything else runs where the command runs."""
+    slurm: SlurmSettings | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     processes: PositiveInt = 1
     threads: PositiveInt | None = None
@@ -232,6 +251,14 @@ class ComputeProfile(Strict):
     """Dense bfloat16 peak of one device, in 10^12 operations a second: what model FLOPs utilisation (MFU) refers to."""
     price_per_hour: PositiveFloat | None = None
     """Price of one device for an hour, in US dollars."""
+
+    @model_validator(mode="after")
+    def _launcher_has_its_section(self) -> "ComputeProfile":
+        if (self.launcher == "slurm") != (self.slurm is not None):
+            raise ValueError("launcher: slurm and a section slurm need each other")
+        if self.slurm is not None and self.processes % self.slurm.nodes:
+            raise ValueError(f"processes: {self.processes} cannot be spread evenly over {self.slurm.nodes} nodes")
+        return self
 
     @model_validator(mode="after")
     def _offload_what_is_split(self) -> "ComputeProfile":
