@@ -69,17 +69,21 @@ def project(tmp_path, monkeypatch) -> Path:
     return root
 
 
-def test_only_the_lock_is_committed_and_other_changes_are_named(project, params, capsys):
+def test_only_lock_and_lineage_are_committed_and_other_changes_are_named(project, params, capsys):
     (project / "notes.txt").write_text("two\n")
     (project / "staged.txt").write_text("new\n")
     git("add", "staged.txt")
     result = publish(params)
     assert (result.version, result.new, result.committed) == ("v0.0.1", True, True)
-    assert git("show", "--name-only", "--format=", "HEAD") == "dvc.lock"
+    assert git("show", "--name-only", "--format=", "HEAD").split() == ["dvc.lock", "lineage.json"]
     assert git("diff", "--cached", "--name-only") == "staged.txt"
     assert sorted(result.dirty) == ["notes.txt", "staged.txt"]
     said = capsys.readouterr().out
-    assert "tree is dirty" in said and "notes.txt" in said and "committed dvc.lock, and only that" in said
+    assert (
+        "tree is dirty" in said
+        and "notes.txt" in said
+        and "committed dvc.lock and lineage.json, and nothing else" in said
+    )
     assert git("tag", "--list") == "haplovl@v0.0.1"
     assert git("rev-list", "-n", "1", "haplovl@v0.0.1") == git("rev-parse", "HEAD") == result.commit
 
@@ -97,6 +101,7 @@ def test_an_unchanged_candidate_makes_no_new_version_and_a_changed_one_does(proj
     write_candidate("a" * 32)
     back = publish(params)
     assert (back.version, back.new, back.committed) == ("v0.0.1", False, True)
+    assert git("show", "--name-only", "--format=", "HEAD") == "dvc.lock"
     assert git("tag", "--list").split() == ["haplovl@v0.0.1", "haplovl@v0.0.2"]
 
 

@@ -85,7 +85,7 @@ def test_the_flow_ends_with_a_summary_and_a_version(flow_clone):
     tags = run(["git", "tag"], root).stdout.split()
     assert len(tags) == 1 and tags[0].startswith("haplovl@")
     changed = run(["git", "show", "--stat", "--format=", "HEAD"], root).stdout
-    assert "dvc.lock" in changed and "1 file changed" in changed
+    assert "dvc.lock" in changed and "lineage.json" in changed and "2 files changed" in changed
     assert run(["git", "status", "--porcelain"], root).stdout == ""
     metrics = json.loads((root / "metrics/evaluation.json").read_text())
     assert set(metrics["types"]) == {"digit", "colour", "position", "count", "presence", "comparison"}

@@ -24,6 +24,7 @@ from haplovl.train.launch import EXIT_PREEMPTED, STOP_SIGNALS, adopt_slurm, laun
 from haplovl.train.monitor import Monitor, StepFigures, monitor
 from haplovl.train.objectives import Distillation
 from haplovl.train.optim import learning_rate, set_learning_rate
+from haplovl.train.places import places
 from haplovl.train.stage import OUTPUTS, Stage, build_stage, save_stage
 from haplovl.train.validation import Validation
 
@@ -56,7 +57,7 @@ def train_stage(name: str, params: Params, compute: ComputeProfile, resume_from:
         folder = RunFolder.of(name, stage.identity)
         rows = _run(stage, folder, params, compute, device, resume_from)
         save_stage(stage, rows, params.model.connector == "text_head")
-        folder.finish()
+        folder.finish(OUTPUTS[name])
         barrier()
     finally:
         if dist.is_initialized():
@@ -84,7 +85,7 @@ def _run(
     stop, total = _StopSignals(), stage.settings.steps
     with monitor(
         stage.name, total, folder.path, folder.key, device, rank=dist.get_rank(), peak_tflops=compute.peak_tflops,
-        earlier=folder.keep_log(step), config=_description(stage, params, compute) if is_main() else {},
+        earlier=folder.keep_log(step), config=_description(stage, params, compute, folder, step) if is_main() else {},
         grouping=grouping(params, stage.name),
     ) as watch:  # fmt: skip
         ended = time.perf_counter()
@@ -121,7 +122,7 @@ def _run(
     return watch.rows
 
 
-def _description(stage: Stage, params: Params, compute: ComputeProfile) -> dict[str, Any]:
+def _description(stage: Stage, params: Params, compute: ComputeProfile, folder: RunFolder, step: int) -> dict[str, Any]:
     """What people and `haplovl compare` need to know about the run: settings, data, code and where it runs."""
     return {
         "stage": stage.name,
@@ -129,6 +130,7 @@ def _description(stage: Stage, params: Params, compute: ComputeProfile) -> dict[
         "initial_weights_sha256": stage.identity["initial weights"],
         "code": code_version(stage.identity["code"]),
         "compute": compute.model_dump(mode="json"),
+        "places": places(folder.path, step, compute),
     }
 
 
