@@ -125,8 +125,8 @@ def doubts_about(record: dict[str, Any], stages: list[str]) -> list[str]:
         # The number of threads is not found here but set for each stage.
         lines += differences({**machine_of(record, stage), "threads": here["threads"]}, here)
         told = record["training"].get(stage, {})
-        if (count := len(told.get("places", []))) > 1:
-            lines.append(f"{stage} was trained in {count} places one after the other, and runs as in the last of them")
+        if any(place["after_step"] for place in told.get("places", [])):
+            lines.append(f"{stage} was trained in several places one after the other, and runs as in the last of them")
         if str(told.get("note", "")).startswith("unknown"):
             lines.append(f"{stage}: its compute profile and number of processes are {told['note']}")
     return list(dict.fromkeys(lines))

@@ -21,9 +21,9 @@ def print_reproduction(version: str, stages: list[str], keep: bool) -> bool:
         mark = "" if out.same else "  parts"
         table.add_row(out.stage, out.path, _short(out.recorded), _short(out.found) + mark)
     console.print(table)
-    if result.parted is None:
-        console.print(f"{result.version}: all {len(result.outs)} outs are as recorded")
-    else:
+    same = sum(out.same for out in result.outs)
+    console.print(f"{result.version}: {same} of {len(result.outs)} outs are as recorded")
+    if result.parted is not None:
         _print_parting(console, result)
     if result.kept:
         console.print(f"the worktree is {result.kept}; git worktree remove --force takes it away")
@@ -31,7 +31,7 @@ def print_reproduction(version: str, stages: list[str], keep: bool) -> bool:
 
 
 def _print_parting(console: Console, result: Reproduction) -> None:
-    console.print(f"{result.version} parts at '{result.parted}'")
+    console.print(f"{result.version} parts first at '{result.parted}':")
     for out, lines in result.files.items():
         for line in _some([f"{out}: {line}" for line in lines] or [f"{out} differs"]):
             console.print(f"  {line}")

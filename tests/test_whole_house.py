@@ -117,6 +117,19 @@ def test_a_second_flow_finds_everything_cached_and_makes_no_version(flow_clone):
     assert len(run(["git", "tag"], root).stdout.split()) == 1
 
 
+def test_a_stage_of_the_version_comes_out_again(flow_clone):
+    root, _ = flow_clone
+    done = run(["haplovl", "reproduce", "v0.0.1", "--stage", "validate", "--stage", "prepare"], root)
+    assert done.returncode == 0 and "6 of 6 outs are as recorded" in done.stdout, done.stdout[-4000:]
+    told = json.loads(run(["haplovl", "lineage", "v0.0.1", "--json"], root).stdout)
+    assert [place["world_size"] for name in ("stage1", "stage2") for place in told["training"][name]["places"]] == [
+        1,
+        1,
+    ]
+    assert set(told["wandb"]) == {"stage1", "stage2", "evaluate", "publish"} and told["missing"] == []
+    assert run(["git", "worktree", "list"], root).stdout.count("\n") == 1
+
+
 def test_an_edited_recipe_reruns_only_what_depends_on_it(flow_clone):
     root, _ = flow_clone
     path = root / "params.yaml"
