@@ -89,7 +89,7 @@ def reproduce(name: str, version: str, only: list[str], keep: bool = False) -> R
                 result.files = {out.path: differing_files(out) for out in result.outs if not out.same}
                 result.reasons = _reasons(lock[stage], now, record, stage, result.doubts)
         tree.keep = keep or result.parted is not None
-        result.kept = tree.project if tree.keep else None
+        result.kept = tree.top if tree.keep else None
     return result
 
 
@@ -186,7 +186,7 @@ def _run(tree: Worktree, stage: str, record: dict[str, Any], version: str) -> No
     code = tree.run(command, **_as_recorded(tree, stage, record))
     if code:
         tree.keep = True
-        raise UserError(f"'{stage}' of {version} failed (exit code {code}); its worktree stays in {tree.project}")
+        raise UserError(f"'{stage}' of {version} failed (exit code {code}); its worktree stays in {tree.top}")
 
 
 def _as_recorded(tree: Worktree, stage: str, record: dict[str, Any]) -> dict[str, str]:

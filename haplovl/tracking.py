@@ -133,7 +133,7 @@ def start_wandb(project: str, mode: str, finish_timeout: float = 0.0, **options:
 
 def wandb_place(run: Any) -> dict[str, str]:
     """Project and id of a run, and its address or, offline, its folder."""
-    where = run.url or os.path.relpath(Path(run.dir).parent)
+    where = os.path.relpath(Path(run.dir).parent) if run.offline else run.url
     return {"project": str(run.project), "id": str(run.id), "path": str(where)}
 
 

@@ -17,6 +17,8 @@ from haplovl.files import RUNS
 from haplovl.revisions import git
 
 FOLDER = RUNS / "reproduce"
+COMMANDS = RUNS / "bin"
+"""Where a worktree has its command `haplovl`, out of git's and DVC's sight."""
 INTERRUPT_SECONDS = 20
 """How long an interrupted command may take to end before it is killed."""
 SHIM = """#!/bin/sh
@@ -28,8 +30,7 @@ exec "{python}" -m haplovl "$@"
 class Worktree:
     """A checked-out commit. It is removed at the end unless `keep` is set by then."""
 
-    base: Path
-    """The folder that holds all of it."""
+    top: Path
     project: Path
     """Where dvc.yaml is."""
     keep: bool = False
@@ -52,7 +53,8 @@ class Worktree:
     def environment(self) -> dict[str, str]:
         """The environment in which Python and the command `haplovl` are the commit's."""
         # Not `.resolve()`: the Python of a virtual environment is a link to another one.
-        folders = [str(self.base / "bin"), str(Path(os.path.abspath(sys.executable)).parent), os.environ.get("PATH")]
+        python = str(Path(os.path.abspath(sys.executable)).parent)
+        folders = [str(self.project / COMMANDS), python, os.environ.get("PATH")]
         paths = [str(self.project), os.environ.get("PYTHONPATH")]
         return {
             **os.environ,
@@ -73,24 +75,24 @@ def worktree(name: str, commit: str) -> Iterator[Worktree]:
         UserError: git refuses, or the commit's code would not be what runs.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
-    base = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=FOLDER.absolute()))
-    tree = Worktree(base, base / "tree" / git("rev-parse", "--show-prefix").strip())
+    top = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=FOLDER.absolute()))
+    tree = Worktree(top, top / git("rev-parse", "--show-prefix").strip())
     try:
         with _ended_by_sigterm():
-            _check_out(base / "tree", commit)
+            _check_out(top, commit)
             _share_dvc(tree.project)
             _give_command(tree)
             yield tree
     finally:
         if not tree.keep:
-            remove(base)
+            _remove(top)
 
 
-def remove(base: Path) -> None:
+def _remove(top: Path) -> None:
     """Removes a worktree and git's knowledge of it."""
-    git("worktree", "remove", "--force", str(base / "tree"))
-    shutil.rmtree(base, ignore_errors=True)
-    git("worktree", "prune")  # where git could not remove it itself
+    git("worktree", "remove", "--force", str(top))
+    shutil.rmtree(top, ignore_errors=True)  # where git could not remove it itself
+    git("worktree", "prune")
 
 
 def _check_out(target: Path, commit: str) -> None:
@@ -127,8 +129,8 @@ def _give_command(tree: Worktree) -> None:
     Raises:
         UserError: another package would run.
     """
-    command = tree.base / "bin" / "haplovl"
-    command.parent.mkdir()
+    command = tree.project / COMMANDS / "haplovl"
+    command.parent.mkdir(parents=True)
     command.write_text(SHIM.format(python=os.path.abspath(sys.executable)), encoding="utf-8")
     command.chmod(0o755)
     if not (tree.project / "haplovl").is_dir():  # a project whose stages are other commands
