@@ -116,7 +116,7 @@ def _made_of(found: dict[str, Any]) -> list[tuple[str, str]]:
 def _trained(told: dict[str, Any]) -> str:
     if "places" not in told:
         return str(told.get("note", ""))
-    lines = [f"{told['run']}, code {told['code'].get('sha256', '')[:16]}"]
+    lines = [f"{told['run']}, code {told.get('code', {}).get('sha256', '')[:16]}"]
     for place in told["places"]:
         profile, machine = place["compute"], place["machine"]
         lines.append(

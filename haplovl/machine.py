@@ -59,8 +59,8 @@ def _gpus() -> list[str]:
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    lines = (line.split(", ") for line in done.stdout.strip().splitlines())
-    return [f"{name} (driver {driver})" for name, driver in lines]
+    lines = (line.rpartition(", ") for line in done.stdout.splitlines())
+    return [f"{name} (driver {driver})" for name, _, driver in lines if name]  # or it says that there are none
 
 
 def differences(recorded: dict[str, Any], found: dict[str, Any]) -> list[str]:

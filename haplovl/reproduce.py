@@ -20,6 +20,9 @@ from haplovl.revisions import LOCK, commit_of, git, hashes, listing, lock_of, st
 from haplovl.settings import COMPUTE_FOLDER
 from haplovl.worktree import Worktree, worktree
 
+SHOWN = 10
+"""Lines of each kind that are printed."""
+
 
 @dataclass(frozen=True)
 class Out:
@@ -68,7 +71,8 @@ def reproduce(name: str, version: str, only: list[str], keep: bool = False) -> R
     version = known(name, version)
     commit = commit_of(f"{name}@{version}")
     lock, record = lock_of(commit), recorded(commit)
-    order = [stage for stage in in_order(lock) if stage in _stages_of(commit, lock)]
+    still = _stages_of(commit, lock)
+    order = [stage for stage in in_order(lock) if stage in still]
     if not order:
         raise UserError(f"{version} records no stage: its commit has no {LOCK} that fits its dvc.yaml")
     if unknown := sorted(set(only) - set(order)):
@@ -136,8 +140,13 @@ def _announce(result: Reproduction, chosen: list[str]) -> None:
     print(f"{result.version} ({result.commit[:12]}): running {', '.join(chosen)} again", flush=True)
     if result.doubts:
         print("hashes may differ, as not everything is as recorded:", flush=True)
-        for line in result.doubts:
-            print(f"  {line}", flush=True)
+        print("\n".join(f"  {line}" for line in some(result.doubts)), flush=True)
+
+
+def some(lines: list[str]) -> list[str]:
+    """The first lines, and how many more there are: thousands of files or hundreds of packages may differ at once."""
+    more = len(lines) - SHOWN
+    return [*lines[:SHOWN], f"and {more} more"] if more > 0 else lines
 
 
 # --- one stage -------------------------------------------------------------------------------------------------------

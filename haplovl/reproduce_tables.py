@@ -3,11 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
-from haplovl.reproduce import Reproduction, reproduce
+from haplovl.reproduce import Reproduction, reproduce, some
 from haplovl.settings import load_params
-
-SHOWN = 10
-"""Lines of each kind; thousands of pictures may differ at once."""
 
 
 def print_reproduction(version: str, stages: list[str], keep: bool) -> bool:
@@ -33,16 +30,11 @@ def print_reproduction(version: str, stages: list[str], keep: bool) -> bool:
 def _print_parting(console: Console, result: Reproduction) -> None:
     console.print(f"{result.version} parts first at '{result.parted}':")
     for out, lines in result.files.items():
-        for line in _some([f"{out}: {line}" for line in lines] or [f"{out} differs"]):
+        for line in some([f"{out}: {line}" for line in lines] or [f"{out} differs"]):
             console.print(f"  {line}")
     console.print("probable reasons:")
-    for line in _some(result.reasons):
+    for line in some(result.reasons):
         console.print(f"  {line}")
-
-
-def _some(lines: list[str]) -> list[str]:
-    more = len(lines) - SHOWN
-    return [*lines[:SHOWN], f"and {more} more"] if more > 0 else lines
 
 
 def _short(digest: str) -> str:

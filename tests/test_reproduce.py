@@ -280,3 +280,13 @@ def test_machines_and_environments_are_told_apart_line_by_line():
         "gpus: recorded H100, here none",
         "instruction sets: avx2 only recorded; fma only here",
     ]
+
+
+def test_gpus_are_named_as_nvidias_tool_names_them(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for said, expected in (("NVIDIA H100 80GB HBM3, 570.86.15", ["NVIDIA H100 80GB HBM3 (driver 570.86.15)"]),
+                           ("No devices were found", [])):  # fmt: skip
+        tool.write_text(f"#!/bin/sh\necho '{said}'\n")
+        tool.chmod(0o755)
+        assert machine()["gpus"] == expected
