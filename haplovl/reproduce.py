@@ -87,8 +87,9 @@ def reproduce(name: str, version: str, only: list[str], keep: bool = False) -> R
             _bring_inputs(tree, lock, stage, version, refresh=bool(only))
             _run(tree, stage, record, version)
             now = stages_in((tree.project / LOCK).read_text(encoding="utf-8")).get(stage, {})
-            before = result.parted
-            result.outs += compared(stage, lock[stage], now)
+            before, outs = result.parted, compared(stage, lock[stage], now)
+            result.outs += outs
+            print(f"{stage}: {'as recorded' if all(out.same for out in outs) else 'parts from the record'}", flush=True)
             if before is None and result.parted == stage:
                 result.files = {out.path: differing_files(out) for out in result.outs if not out.same}
                 result.reasons = _reasons(lock[stage], now, record, stage, result.doubts)

@@ -171,6 +171,7 @@ def test_what_is_not_deterministic_is_named_with_its_file(project):
     assert register() == "v0.0.2"
     done = run("reproduce", "v0.0.2")
     assert done.exit_code == 1
+    assert "collect: as recorded" in done.output and "stage2: parts from the record" in done.output
     assert "v0.0.2 parts first at 'stage2'" in done.output
     assert "models/stage2: config.txt differs" in done.output and "model.txt differs" not in done.output
     assert "'stage2' does not give the same bytes twice" in done.output
