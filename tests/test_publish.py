@@ -1,6 +1,7 @@
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -150,9 +151,12 @@ def test_wandb_offline_holds_the_artifact_and_writes_nothing_into_the_home_folde
     result = publish(params)
     run_folder = project / result.wandb
     assert run_folder.parent == project / "runs/wandb" and run_folder.name.startswith("offline-run-")
-    log = next(run_folder.glob("*.wandb")).read_bytes()
-    for fact in (b"candidate/candidate.json", b"model/model.safetensors", b"dvc_lock_sha256", result.commit.encode()):
-        assert fact in log
+    facts = (b"candidate/candidate.json", b"model/model.safetensors", b"dvc_lock_sha256", result.commit.encode())
+    log, deadline = next(run_folder.glob("*.wandb")), time.monotonic() + 30
+    # Offline, W&B's own process writes the end of its file after the run has finished here.
+    while not all(fact in log.read_bytes() for fact in facts):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert not [path for path in Path(os.environ["HOME"]).rglob("*") if path.is_file()]
     assert publish(params).wandb == result.wandb
 
