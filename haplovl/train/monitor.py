@@ -192,6 +192,7 @@ def monitor(
         return
     write_json(folder / RUN_FILE, config or {})
     run = TrackedRun(PROJECT, f"{stage}-{key[:16]}", config or {}, grouping)
+    write_json(folder / RUN_FILE, {**(config or {}), "wandb": run.place})
     try:
         start = len(watcher.rows)
         with reporter(stage, total, start) as report, (folder / "log.jsonl").open("a", encoding="utf-8") as log:
