@@ -4,7 +4,9 @@ Every command imports what it needs when it runs, so that `haplovl --help` answe
 """
 
 import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated
 
 import typer
@@ -273,11 +275,17 @@ def preset(name: Annotated[str | None, typer.Argument(help="A file of params/, w
 def main() -> None:
     """Runs the command; an error meant for the user ends it with one sentence and exit code 1."""
     from haplovl.errors import UserError, printable
+    from haplovl.redaction import without_secrets
 
+    def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, trace))))
+
+    # An error that nobody foresaw may name a remote with its password, too.
+    sys.excepthook = told
     try:
         app()
     except UserError as error:
-        sys.exit(f"error: {printable(str(error))}")
+        sys.exit(f"error: {without_secrets(printable(str(error)))}")
     except OSError as error:
         if error.errno is None:
             raise

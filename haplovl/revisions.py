@@ -17,6 +17,7 @@ def fetch(version: str, path: Path, target: Path) -> None:
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+    from dvc_data.index import DataIndexDirError
     from scmrepo.exceptions import SCMError
 
     commit_of(version)
@@ -32,7 +33,7 @@ def fetch(version: str, path: Path, target: Path) -> None:
             f"{path} of '{version}' cannot be found: that version has none, or it is neither in DVC's cache nor in the "
             f"default remote (dvc remote list)"
         ) from None
-    except (DvcException, SCMError, OSError) as error:
+    except (DvcException, SCMError, DataIndexDirError, OSError) as error:
         raise UserError(f"{path} of '{version}' cannot be read: {' '.join(str(error).split())}") from None
 
 

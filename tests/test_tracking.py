@@ -6,8 +6,9 @@ import pytest
 from made_runs import settings
 
 from haplovl import tracking
+from haplovl.redaction import without_secrets
 from haplovl.settings import Params
-from haplovl.tracking import TrackedRun, code_version, description, grouping, without_secrets
+from haplovl.tracking import TrackedRun, code_version, description, grouping
 
 
 @pytest.fixture(autouse=True)
