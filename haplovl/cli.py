@@ -6,7 +6,6 @@ Every command imports what it needs when it runs, so that `haplovl --help` answe
 import sys
 import traceback
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated
 
 import typer
@@ -277,16 +276,12 @@ def main() -> None:
     from haplovl.errors import UserError, printable
     from haplovl.redaction import without_secrets
 
-    def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, trace))))
-
-    # An error that nobody foresaw may name a remote with its password, too.
-    sys.excepthook = told
     try:
         app()
     except UserError as error:
         sys.exit(f"error: {without_secrets(printable(str(error)))}")
-    except OSError as error:
-        if error.errno is None:
-            raise
-        sys.exit(f"error: {error.strerror}: {error.filename or 'while writing'}")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            sys.exit(f"error: {error.strerror}: {error.filename or 'while writing'}")
+        # An error that nobody foresaw may name a remote with its password.
+        sys.exit(without_secrets(traceback.format_exc().rstrip()))

@@ -221,7 +221,7 @@ def add_code(folder: Path, trace: Path, model_type: str) -> None:
     ):
         path = folder / name
         about = json.loads(path.read_text()) if path.is_file() else {}
-        about["auto_map"] = {key: "own.Own" for key in keys}
+        about["auto_map"] = dict.fromkeys(keys, "own.Own")
         if name == "config.json":
             about["model_type"] = model_type
         elif name == "tokenizer_config.json":
