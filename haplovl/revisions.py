@@ -33,6 +33,8 @@ def fetch(version: str, path: Path, target: Path) -> None:
             f"{path} of '{version}' cannot be found: that version has none, or it is neither in DVC's cache nor in the "
             f"default remote (dvc remote list)"
         ) from None
+    except RecursionError:  # what DVC makes of a listing with `..`
+        raise UserError(f"{path} of '{version}' cannot be read: what DVC keeps of it is damaged") from None
     except (DvcException, SCMError, DataIndexDirError, OSError) as error:
         raise UserError(f"{path} of '{version}' cannot be read: {' '.join(str(error).split())}") from None
 
