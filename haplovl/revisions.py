@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 from haplovl.errors import UserError
+from haplovl.redaction import without_secrets
 
 LOCK = "dvc.lock"
 
@@ -36,7 +37,8 @@ def fetch(version: str, path: Path, target: Path) -> None:
     except RecursionError:  # what DVC makes of a listing with `..`
         raise UserError(f"{path} of '{version}' cannot be read: what DVC keeps of it is damaged") from None
     except (DvcException, SCMError, DataIndexDirError, OSError) as error:
-        raise UserError(f"{path} of '{version}' cannot be read: {' '.join(str(error).split())}") from None
+        reason = without_secrets(" ".join(str(error).split()))  # which may name the remote
+        raise UserError(f"{path} of '{version}' cannot be read: {reason}") from None
 
 
 def commit_of(version: str) -> str:

@@ -157,8 +157,13 @@ class TrackedRun:
         try:
             return action()
         except Exception as error:  # W&B raises many kinds
-            print(f"W&B could not {what}; {self._goes_on}: {' '.join(str(error).split())}", flush=True)
+            print(f"W&B could not {what}; {self._goes_on}: {_told(error)}", flush=True)
             return None
+
+
+def _told(error: Exception) -> str:
+    """An error in one line; W&B's may name a server with its credentials."""
+    return without_secrets(" ".join(str(error).split()))
 
 
 def _start_again(project: str, options: dict[str, Any]) -> Any:

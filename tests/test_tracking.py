@@ -107,7 +107,7 @@ def test_a_switched_off_or_missing_wandb_costs_nothing(monkeypatch, capsys, tmp_
 def test_what_fails_is_told_once_and_the_run_is_given_up(monkeypatch, capsys):
     class Broken:
         def log(self, *_, **__):
-            raise OSError("disk\nfull")
+            raise OSError("disk\nfull on https://me:5ecre7@host")
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(tracking, "find_spec", lambda name: True)
@@ -116,4 +116,4 @@ def test_what_fails_is_told_once_and_the_run_is_given_up(monkeypatch, capsys):
     for step in (1, 2):
         run.log({"step": step})
     run.finish()
-    assert capsys.readouterr().out == "W&B could not log; all is well: disk full\n"
+    assert capsys.readouterr().out == "W&B could not log; all is well: disk full on https://***@host\n"
