@@ -50,6 +50,10 @@ def launch(arguments: list[str], processes: int) -> NoReturn:
                 rank.kill()
         time.sleep(0.1)
     codes = [rank.wait() for rank in ranks]
+    # Without this, a rank that died of a signal would end the command in silence.
+    dead = {number: signal.Signals(-code).name for number, code in enumerate(codes) if code < 0}
+    if dead:
+        print(f"ranks that a signal ended: {dead}", file=sys.stderr, flush=True)
     # A rank that was killed here has a negative code; the reason is the rank that failed by itself.
     sys.exit(max(codes) if max(codes) > 0 else int(min(codes) != 0))
 
