@@ -43,7 +43,7 @@ def launch(arguments: list[str], processes: int) -> NoReturn:
 
     for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
-    while any(rank.poll() is None for rank in ranks):
+    while None in [rank.poll() for rank in ranks]:  # all of them: any() would ask no further than the first that runs
         failed = [rank.returncode for rank in ranks if rank.returncode not in (None, 0, EXIT_PREEMPTED)]
         if failed:
             for rank in ranks:
