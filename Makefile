@@ -3,11 +3,13 @@
 # make drill      kills, fills and cuts what the pipeline runs on, and checks that the outs stay the same
 # make serve      a Prefect server and worker for this checkout; make retrain  make pipeline, then promotion
 # make test       the fast tests;  make test-slow  drills that take minutes;  make test-harness  through lmms-eval
+# make audit      known vulnerabilities of the pinned packages;  make sbom  what is installed, as CycloneDX JSON
 # make eval-env   .venv-eval: lmms-eval, for published benchmarks; docs/benchmarks.md says how for GPUs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SECURITY_READY := $(VENV)/.security
 EVAL_VENV := .venv-eval
 EVAL_BIN := $(EVAL_VENV)/bin
 EVAL_READY := $(EVAL_VENV)/.ready
@@ -18,7 +20,7 @@ COMPUTE ?= $(or $(HAPLOVL_COMPUTE),laptop)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: pipeline retrain serve drill compare ablations test test-slow test-harness lint venv eval-env clean
+.PHONY: pipeline retrain serve drill compare ablations test test-slow test-harness lint audit sbom venv eval-env clean
 .DEFAULT_GOAL := pipeline
 
 pipeline: $(READY)
@@ -54,7 +56,22 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --line-length 120 .
 
+# Strict: a package that the service does not know would otherwise count as one without vulnerabilities.
+audit: $(SECURITY_READY)
+	@$(BIN)/python -c 'from urllib.request import urlopen; urlopen("https://pypi.org/pypi/pip/26.0/json", timeout=30)' 2>/dev/null || { echo "error: make audit asks https://pypi.org about known vulnerabilities, and it gives no answer here; run it where the internet can be reached"; exit 1; }
+	@$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt
+
+sbom: $(SECURITY_READY)
+	@mkdir -p reports
+	@$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o reports/sbom.json $(BIN)/python
+	@echo "make sbom: reports/sbom.json"
+
 venv: $(READY)
+
+$(SECURITY_READY): $(READY)
+	@echo "installing pip-audit and cyclonedx-bom into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[security]'
+	@touch $@
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"error: Python 3.11 or newer is needed; $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.11")'

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from haplovl.errors import EXIT_AGAIN, UserError
+from haplovl.redaction import without_secrets
 from haplovl.train.launch import EXIT_PREEMPTED
 
 TAIL_LINES = 20
@@ -215,6 +216,9 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _plain(line: bytes) -> str:
-    """One line as a person saw it last: no colours, and only the final state of a progress bar."""
+    """One line as a person saw it last: no colours, only the final state of a progress bar, and no credentials.
+
+    Prefect keeps these lines in its database, whatever a stage or DVC prints.
+    """
     states = _CONTROL.sub("", line.decode(errors="replace")).rstrip().split("\r")
-    return states[-1].rstrip()
+    return without_secrets(states[-1].rstrip())

@@ -5,6 +5,7 @@ Every command imports what it needs when it runs, so that `haplovl --help` answe
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -283,14 +284,16 @@ def preset(name: Annotated[str | None, typer.Argument(help="A file of params/, w
 def main() -> None:
     """Runs the command; an error meant for the user ends it with one sentence and exit code 1 (75: try again)."""
     from haplovl.errors import EXIT_AGAIN, TemporaryError, UserError, is_temporary, printable
+    from haplovl.redaction import without_secrets
 
     try:
         app()
     except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print(f"error: {without_secrets(printable(str(error)))}", file=sys.stderr)
         sys.exit(EXIT_AGAIN if isinstance(error, TemporaryError) else 1)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
-        sys.exit(EXIT_AGAIN if is_temporary(error) else 1)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+            sys.exit(EXIT_AGAIN if is_temporary(error) else 1)
+        # An error that nobody foresaw may name a remote with its password.
+        sys.exit(without_secrets(traceback.format_exc().rstrip()))

@@ -13,6 +13,7 @@ from typing import Any
 from haplovl.errors import UserError
 from haplovl.files import CANDIDATE, RUNS, STAGE2, read_json, require, sha256_of, write_json
 from haplovl.lineage import RECORD, wandb_id, write_record
+from haplovl.redaction import without_secrets
 from haplovl.revisions import LOCK, hashes, lock_of, stages_in
 from haplovl.settings import Params
 from haplovl.tracking import start_wandb, wandb_mode
@@ -178,8 +179,9 @@ def _log_to_wandb(params: Params, result: PublishResult) -> str:
     try:
         where = _wandb_artifact(params, result, mode)
     except Exception as error:  # W&B raises many kinds; the version is already safe in git.
-        print(f"W&B failed, the version is registered all the same; 'haplovl publish' tries again: {error}")
-        return f"failed: {' '.join(str(error).split())}"
+        reason = without_secrets(" ".join(str(error).split()))
+        print(f"W&B failed, the version is registered all the same; 'haplovl publish' tries again: {reason}")
+        return f"failed: {reason}"
     print(f"W&B artifact logged ({mode}): {where}")
     return where
 

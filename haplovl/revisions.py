@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from haplovl.errors import UserError
+from haplovl.redaction import without_secrets
 
 LOCK = "dvc.lock"
 
@@ -29,6 +30,7 @@ def fetch(version: str, path: Path, target: Path) -> None:
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+    from dvc_data.index import DataIndexDirError
     from scmrepo.exceptions import SCMError
 
     try:
@@ -43,8 +45,11 @@ def fetch(version: str, path: Path, target: Path) -> None:
             f"{path} of '{version}' cannot be found: that version has none, or it is neither in DVC's cache nor in the "
             f"default remote (dvc remote list)"
         ) from None
-    except (DvcException, SCMError, OSError) as error:
-        raise UserError(f"{path} of '{version}' cannot be read: {' '.join(str(error).split())}") from None
+    except RecursionError:  # what DVC makes of a listing with `..`
+        raise UserError(f"{path} of '{version}' cannot be read: what DVC keeps of it is damaged") from None
+    except (DvcException, SCMError, DataIndexDirError, OSError) as error:
+        reason = without_secrets(" ".join(str(error).split()))  # which may name the remote
+        raise UserError(f"{path} of '{version}' cannot be read: {reason}") from None
 
 
 def lock_of(commit: str) -> dict[str, Any]:

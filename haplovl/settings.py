@@ -113,7 +113,8 @@ class EvaluateSettings(Strict):
 
 
 class RegisterSettings(Strict):
-    name: str = "haplovl"
+    name: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]*[a-z0-9])?$", max_length=64)] = "haplovl"
+    """Of the model in git's tags, which GTO writes."""
     min_accuracy: Share = 0.0
     """Gate: overall exact match that a candidate needs."""
     min_margin: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.0
@@ -285,8 +286,8 @@ def load_compute(name: str | None = None) -> ComputeProfile:
     """
     name = name or os.environ.get("HAPLOVL_COMPUTE") or "laptop"
     path = COMPUTE_FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in COMPUTE_FOLDER.glob("*.yaml"))
+    known = sorted(p.stem for p in COMPUTE_FOLDER.glob("*.yaml"))
+    if name not in known:
         raise SettingsError(f"no compute profile '{name}' in {COMPUTE_FOLDER}/; there is: {', '.join(known) or 'none'}")
     profile = load_strict(path, ComputeProfile)
     if profile.name != name:

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from haplovl.errors import UserError
+from haplovl.redaction import with_credentials
 
 
 class SettingsError(UserError):
@@ -33,7 +34,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """A YAML file as a mapping that was not checked yet.
 
     Raises:
-        SettingsError: the file is missing or no YAML mapping.
+        SettingsError: the file is missing, no YAML mapping, or holds credentials.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -45,6 +46,11 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise SettingsError(f"{path} must be a mapping of settings, found {type(data).__name__}")
+    if secret := next(with_credentials(data), None):
+        raise SettingsError(
+            f"{path}: '{secret}' holds credentials in an address; settings are committed and stand in every candidate, "
+            "so keep credentials in the environment"
+        )
     return data
 
 

@@ -35,6 +35,8 @@ from haplovl.settings import FolderTeacher, HubTeacher, Params
 
 PAD_TOKEN = "<pad>"
 NO_REVISION = "0" * 40
+NO_CODE = {"trust_remote_code": False}
+"""Unless told so, transformers asks on the terminal whether code that comes with a model shall run."""
 
 
 def make_teachers(params: Params) -> None:
@@ -111,19 +113,19 @@ def recipe_processor(params: Params) -> HaploProcessor:
         UserError: there are no teachers yet.
     """
     folder = require(TEACHERS, "teachers")
-    return make_processor(folder, AutoTokenizer.from_pretrained(folder / "processor"), params)
+    return make_processor(folder, AutoTokenizer.from_pretrained(folder / "processor", **NO_CODE), params)
 
 
 def load_vision(folder: Path) -> PreTrainedModel:
     """The vision teacher of `models/teachers` in eval mode, in float32 whatever it was saved in."""
     kind = vision_part(AutoConfig.from_pretrained(folder)).model_type
     cls = CLIPVisionModel if kind == "clip_vision_model" else SiglipVisionModel
-    return cls.from_pretrained(folder, dtype=torch.float32).eval()
+    return cls.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
 
 
 def load_language(folder: Path) -> PreTrainedModel:
     """The language teacher of `models/teachers` in eval mode, in float32 whatever it was saved in."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **NO_CODE).eval()
 
 
 def _take_vision(source: HubTeacher | FolderTeacher, target: Path) -> dict[str, Any]:
@@ -173,13 +175,17 @@ def _place(source: HubTeacher | FolderTeacher, role: str) -> tuple[str, dict[str
         path = Path(os.path.expanduser(source.path))
         if not (path / "config.json").is_file():
             raise UserError(f"teachers.{role}: '{source.path}' is not a model folder (it has no config.json)")
-        return str(path), {}, {"kind": "folder", "path": source.path}
+        return str(path), dict(NO_CODE), {"kind": "folder", "path": source.path}
     if source.revision == NO_REVISION:
         raise UserError(
             f"teachers.{role}: pin the revision of '{source.id}' "
             f"(git ls-remote https://huggingface.co/{source.id} HEAD shows the newest)"
         )
-    return source.id, {"revision": source.revision}, {"kind": "hub", "id": source.id, "revision": source.revision}
+    return (
+        source.id,
+        {**NO_CODE, "revision": source.revision},
+        {"kind": "hub", "id": source.id, "revision": source.revision},
+    )
 
 
 def _load_whole(cls: Any, place: str, options: dict[str, Any]) -> PreTrainedModel:
@@ -187,7 +193,10 @@ def _load_whole(cls: Any, place: str, options: dict[str, Any]) -> PreTrainedMode
 
     Files ending in .bin are read as tensors alone (torch's weights_only); saving converts them to safetensors, once.
     """
-    model, info = _load(lambda: cls.from_pretrained(place, output_loading_info=True, **options), place)
+    # transformers would ask a service of the hub to convert a .bin file.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    options = options | {"weights_only": True, "output_loading_info": True}
+    model, info = _load(lambda: cls.from_pretrained(place, **options), place)
     missing = sorted(info["missing_keys"])
     if missing:
         some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
@@ -206,6 +215,11 @@ def _load(load: Callable[[], Any], place: str) -> Any:
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise UserError(
+                f"the teacher '{place}' comes with code of its own, which is never run here; take a model that "
+                "transformers itself knows"
+            ) from None
         if "mismatched_sizes" in reason:
             reason = "its weights have other shapes than its config.json says"
         offline = isinstance(error, (ConnectionError, TimeoutError)) or "couldn't connect" in reason

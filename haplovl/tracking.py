@@ -2,7 +2,6 @@
 strays, and nothing depends on it."""
 
 import os
-import re
 import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from haplovl.files import PREPARED, RUNS, read_json, sha256_of
+from haplovl.redaction import without_secrets
 from haplovl.settings import Params
 
 WANDB_FOLDER = RUNS / "wandb"
@@ -18,13 +18,6 @@ START_TIMEOUT = 30.0
 """Seconds that a start may take: online without a network it would block for much longer."""
 FINISH_TIMEOUT = 30.0
 """Seconds that a run may wait for its last uploads when it ends."""
-HIDDEN = "***"
-_SECRET_NAME = re.compile(r"(^|_)(password|secret|token|api_?key|access_?key)$", re.IGNORECASE)
-_SECRET_VARIABLE = re.compile(r"(PASSWORD|SECRET|TOKEN|API_?KEY|ACCESS_?KEY)", re.IGNORECASE)
-_SECRET_LENGTH = 8
-"""Shorter values of such variables are words like `true`, not secrets."""
-_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
-_IN_QUERY = re.compile(r"([?&][^=&\s]*(?:token|sig|key|credential|password|secret)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
 
 
 # --- what a run is described by --------------------------------------------------------------------------------------
@@ -62,31 +55,6 @@ def grouping(params: Params, job: str) -> dict[str, Any]:
         "job_type": job,
         "tags": [job[:64], f"seed-{params.seed}"],
     }
-
-
-def without_secrets(value: Any) -> Any:
-    """A copy of a configuration in which credentials are hidden.
-
-    Hidden are texts under names such as `token` or `api_key`, credentials inside addresses, and whatever the
-    environment holds in a variable with such a name.
-    """
-    known = [text for name, text in os.environ.items() if _SECRET_VARIABLE.search(name) and len(text) >= _SECRET_LENGTH]
-    return _hidden(value, sorted(known, key=len, reverse=True))
-
-
-def _hidden(value: Any, known: list[str]) -> Any:
-    if isinstance(value, dict):
-        return {
-            name: HIDDEN if isinstance(entry, str) and _SECRET_NAME.search(str(name)) else _hidden(entry, known)
-            for name, entry in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [_hidden(entry, known) for entry in value]
-    if not isinstance(value, str):
-        return value
-    for secret in known:
-        value = value.replace(secret, HIDDEN)
-    return _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_ADDRESS.sub(f"{HIDDEN}@", value))
 
 
 def _git(*arguments: str) -> str:
@@ -207,8 +175,13 @@ class TrackedRun:
         try:
             return action()
         except Exception as error:  # W&B raises many kinds
-            print(f"W&B could not {what}; {self._goes_on}: {' '.join(str(error).split())}", flush=True)
+            print(f"W&B could not {what}; {self._goes_on}: {_told(error)}", flush=True)
             return None
+
+
+def _told(error: Exception) -> str:
+    """An error in one line; W&B's may name a server with its credentials."""
+    return without_secrets(" ".join(str(error).split()))
 
 
 def _start_again(project: str, options: dict[str, Any]) -> Any:

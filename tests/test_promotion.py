@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,16 @@ def test_what_cannot_be_compared_is_refused(project):
     with pytest.raises(UserError, match="answer different questions: 580 only v0.0.1"):
         judge("haplovl", "v0.0.2", "v0.0.1")
     assert in_stage("haplovl", "prod") == "v0.0.1"
+
+
+@pytest.mark.parametrize("way", ["../", "../../", "{outside}/"])
+def test_a_listing_that_leads_out_of_its_folder_writes_nothing_there(project, way):
+    """DVC's remote is not ours: a listing that was changed there must not decide where files land."""
+    train("weights")
+    way = way.format(outside=project.parent)
+    for listing in Path(".dvc/cache/files/md5").rglob("*.dir"):
+        listing.chmod(0o644)
+        listing.write_text(listing.read_text().replace('"relpath": "', f'"relpath": "{way}escaped-'))
+    with suppress(UserError):  # refused in one sentence, or such files are left out
+        get("haplovl", Path("got/deep/model"), "v0.0.1")
+    assert not list(project.parent.rglob("escaped-*"))

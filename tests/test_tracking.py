@@ -6,8 +6,9 @@ import pytest
 from made_runs import settings
 
 from haplovl import tracking
+from haplovl.redaction import without_secrets
 from haplovl.settings import Params
-from haplovl.tracking import TrackedRun, code_version, description, grouping, without_secrets
+from haplovl.tracking import TrackedRun, code_version, description, grouping
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +107,7 @@ def test_a_switched_off_or_missing_wandb_costs_nothing(monkeypatch, capsys, tmp_
 def test_what_fails_is_told_once_and_the_run_is_given_up(monkeypatch, capsys):
     class Broken:
         def log(self, *_, **__):
-            raise OSError("disk\nfull")
+            raise OSError("disk\nfull on https://me:5ecre7@host")
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(tracking, "find_spec", lambda name: True)
@@ -115,4 +116,4 @@ def test_what_fails_is_told_once_and_the_run_is_given_up(monkeypatch, capsys):
     for step in (1, 2):
         run.log({"step": step})
     run.finish()
-    assert capsys.readouterr().out == "W&B could not log; all is well: disk full\n"
+    assert capsys.readouterr().out == "W&B could not log; all is well: disk full on https://***@host\n"

@@ -57,7 +57,7 @@ def read_index(folder: Path, archive: str) -> np.ndarray:
     """
     try:
         # As a plain array: slices of a memmap object cost more than the search.
-        return np.asarray(np.load(folder / f"{archive}.npy", mmap_mode="r"))
+        return np.asarray(np.load(folder / f"{archive}.npy", mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError) as error:
         raise ImageError(f"the archive {archive} has no readable index: {error}") from None
 

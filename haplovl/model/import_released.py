@@ -218,7 +218,10 @@ def _weight_files(source: Path) -> list[str]:
     if (source / WEIGHTS).is_file() or not (source / INDEX).is_file():
         return [WEIGHTS]
     shards = read_json(source / INDEX).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+    # A name, not a path: an index may not point out of its folder.
+    if not isinstance(shards, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in shards.values()
+    ):
         raise ValueError(f"{source / INDEX} has no weight_map of file names")
     return sorted(set(shards.values()))
 

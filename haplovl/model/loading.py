@@ -22,6 +22,7 @@ class StrictLoading:
                 "checkpoint with its own configuration and change the model afterwards"
             )
         kwargs.setdefault("use_safetensors", True)
+        kwargs["trust_remote_code"] = False
         wants_info = kwargs.pop("output_loading_info", False)
         place = f"the weights in {pretrained_model_name_or_path}"
         try:

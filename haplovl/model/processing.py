@@ -51,6 +51,12 @@ class HaploProcessor(ProcessorMixin):
         self.image_token_id = vocabulary[IMAGE_TOKEN]
         self.video_token_id = vocabulary.get(VIDEO_TOKEN)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ProcessorMixin.from_pretrained; code that comes with a model never runs, whoever would allow it."""
+        kwargs["trust_remote_code"] = False
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def image_tokens(self, height: int, width: int) -> int:
         """Sequence positions that a picture of this size in pixels fills."""
         return self.grid_tokens(self.image_processor.place(height, width).grid)

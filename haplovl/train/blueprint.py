@@ -121,16 +121,17 @@ def _configuration(source: HubTeacher | FolderTeacher) -> tuple[PretrainedConfig
         path = Path(os.path.expanduser(source.path))
         if not (path / "config.json").is_file():
             raise UserError(f"'{source.path}' is not a model folder (it has no config.json)")
-        return AutoConfig.from_pretrained(path), str(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False), str(path)
+    pinned = {"revision": source.revision, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(source.id, revision=source.revision, local_files_only=True)
+        config = AutoConfig.from_pretrained(source.id, local_files_only=True, **pinned)
         return config, "local cache of the hub"
     except (OSError, ValueError):
         pass
     if source.id in PUBLISHED:
         return AutoConfig.for_model(**PUBLISHED[source.id]), "published architecture"
     try:
-        return AutoConfig.from_pretrained(source.id, revision=source.revision), "the hub"
+        return AutoConfig.from_pretrained(source.id, **pinned), "the hub"
     except (OSError, ValueError) as error:
         raise UserError(f"the shape of the teacher '{source.id}' cannot be found: {str(error)[:200]}") from None
 

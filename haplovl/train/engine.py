@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from haplovl.settings import ComputeProfile, StageSettings
-from haplovl.train.launch import adopt_slurm, free_port
+from haplovl.train.launch import STORE, adopt_slurm, meeting_place, on_this_machine
 from haplovl.train.optim import make_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -20,9 +20,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def start_distributed(compute: ComputeProfile) -> torch.device:
     """Joins the process group (of one, where no launcher set the environment) and returns this rank's device."""
     adopt_slurm()
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    place = os.environ.get(STORE)
+    if "RANK" not in os.environ:
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **on_this_machine()})
+        place = meeting_place()  # not for the environment: what this process starts is no rank of it
     # DeepSpeed asks the accelerator by name; without this it looks for GPUs on machines that should not use them.
     os.environ.setdefault("DS_ACCELERATOR", compute.device)
     if compute.threads:
@@ -33,7 +34,11 @@ def start_distributed(compute: ComputeProfile) -> torch.device:
     # Training never uses the shared-memory collectives, which would be compiled for a minute at the first start.
     compatible["deepspeed_shm_comm"] = False
     deepspeed.logger.setLevel("WARNING")
-    deepspeed.init_distributed(dist_backend="nccl" if compute.device == "cuda" else "gloo", verbose=False)
+    backend = "nccl" if compute.device == "cuda" else "gloo"
+    # Without a place, another launcher started the ranks, perhaps on several machines: they meet at MASTER_ADDR.
+    where: dict[str, Any] = {"init_method": f"file://{place}"} if place else {}
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    deepspeed.init_distributed(backend, verbose=False, rank=rank, world_size=world, **where)
     if compute.device == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -1,16 +1,24 @@
 """Starts one training process per rank on this machine and passes signals and exit codes on."""
 
+import atexit
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any, NoReturn
 
+import psutil
+
 EXIT_PREEMPTED = 85
 """Exit status after a checkpoint on a stop signal: run the same command again to go on."""
+STORE = "HAPLOVL_STORE"
+"""Variable with the file over which the ranks of one machine find each other: torch's own way, a port, would be open
+to the whole network."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -19,7 +27,7 @@ def launch(arguments: list[str], processes: int) -> NoReturn:
 
     When one rank fails the others are ended; the exit status is that of the first that failed.
     """
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+    rendezvous = {**on_this_machine(), STORE: meeting_place(), "WORLD_SIZE": str(processes)}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "haplovl", *arguments],
@@ -35,15 +43,34 @@ def launch(arguments: list[str], processes: int) -> NoReturn:
 
     for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
-    while any(rank.poll() is None for rank in ranks):
+    while None in [rank.poll() for rank in ranks]:  # all of them: any() would ask no further than the first that runs
         failed = [rank.returncode for rank in ranks if rank.returncode not in (None, 0, EXIT_PREEMPTED)]
         if failed:
             for rank in ranks:
                 rank.kill()
         time.sleep(0.1)
     codes = [rank.wait() for rank in ranks]
+    # Without this, a rank that died of a signal would end the command in silence.
+    dead = {number: signal.Signals(-code).name for number, code in enumerate(codes) if code < 0}
+    if dead:
+        print(f"ranks that a signal ended: {dead}", file=sys.stderr, flush=True)
     # A rank that was killed here has a negative code; the reason is the rank that failed by itself.
     sys.exit(max(codes) if max(codes) > 0 else int(min(codes) != 0))
+
+
+def on_this_machine() -> dict[str, str]:
+    """The environment in which gloo and NCCL talk over the loopback interface alone."""
+    own = [name for name, found in psutil.net_if_addrs().items() if "127.0.0.1" in {at.address for at in found}]
+    interface = {f"{library}_SOCKET_IFNAME": name for name in own[:1] for library in ("GLOO", "NCCL")}
+    # DeepSpeed looks for MPI where nothing names an address; nobody listens on this one.
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **interface}
+
+
+def meeting_place() -> str:
+    """The path of a file that only this user may read; its folder is removed when this process ends."""
+    folder = tempfile.mkdtemp(prefix="haplovl-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return os.path.join(folder, "ranks")
 
 
 def free_port() -> int:

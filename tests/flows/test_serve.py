@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from sockets import listening, open_to_others
 
 ROOT = Path(__file__).parents[2]
 DVC_YAML = """
@@ -69,6 +70,8 @@ def serving(root):
     try:
         wait_until(lambda: "Ctrl-C ends" in said() or served.poll() is not None, 240)
         assert served.poll() is None, said()
+        sockets = listening(served.pid)
+        assert sockets and open_to_others(sockets) == []
         yield prefect, port
     finally:
         served.send_signal(signal.SIGINT)

@@ -121,6 +121,7 @@ DAMAGED = [
     ),
     (indexed("{}"), r"index\.json has no weight_map"),
     (indexed('{"weight_map": {"lm_head.weight": 3}}'), r"index\.json has no weight_map"),
+    (indexed('{"weight_map": {"lm_head.weight": "../model.safetensors"}}'), r"index\.json has no weight_map"),
     (indexed('{"weight_map": {"lm_head.weight": "of_long_ago.safetensors"}}'), r"of_long_ago\.safetensors is missing"),
     (written("generation_config.json", "{"), r"generation_config\.json is no JSON"),
     (written("generation_config.json", '{"max_new_tokens": -3}'), r"generation_config\.json: .*max_new_tokens"),

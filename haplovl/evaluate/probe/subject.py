@@ -72,7 +72,7 @@ def load_subject(root: Path) -> Subject:
         heads = load_file(require(stage1 / HEADS, "train stage1"), device=str(device))
         teacher, clip = _load_teacher(vision, device)
         own_tokenizer = (vision / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(vision) if own_tokenizer else None
+        tokenizer = AutoTokenizer.from_pretrained(vision, trust_remote_code=False) if own_tokenizer else None
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"stage 1 or its teacher cannot be loaded: {one_line(error)}") from None
     core = model.model
