@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from haplovl.errors import UserError
+from haplovl.settings import COMPUTE_FOLDER, ComputeProfile, load_compute
 
+RENTABLE = ("stage1", "stage2")
+"""Stages that train; the others always run on the flow's machine."""
 TAIL_LINES = 20
 TAIL_BYTES = 64 * 1024
 INTERRUPT_SECONDS = 20
@@ -100,6 +103,10 @@ def run_stage(name: str, compute: str, on_line: Callable[[str], None]) -> tuple[
     live; otherwise every line goes to `on_line`.
     """
     venv_bin = str(Path(sys.executable).parent)
+    if name in RENTABLE and (profile := rented(compute)):
+        from flows.sky import run_on_rented_nodes
+
+        return run_on_rented_nodes(name, profile, on_line)
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([venv_bin, os.environ.get("PATH", "")]),
@@ -108,6 +115,14 @@ def run_stage(name: str, compute: str, on_line: Callable[[str], None]) -> tuple[
     }
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", name]
     return stream(command, environment, None if sys.stdout.isatty() else on_line)
+
+
+def rented(compute: str) -> ComputeProfile | None:
+    """The compute profile, if it has SkyPilot rent the nodes of training stages."""
+    if not (COMPUTE_FOLDER / f"{compute}.yaml").is_file():
+        return None  # A project without training needs no profiles.
+    profile = load_compute(compute)
+    return profile if profile.launcher == "sky" else None
 
 
 def stream(

@@ -3,6 +3,7 @@
 Every command imports what it needs when it runs, so that `haplovl --help` answers at once.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -103,6 +104,7 @@ def train(
     """Train one stage; a killed run continues from its last checkpoint."""
     # The teachers are whole by now: transformers' notes on loading (a CLIP's unused text tower) tell nothing new.
     only_errors_of_transformers()
+    from haplovl.errors import UserError
     from haplovl.settings import load_compute, load_params
 
     if overfit is not None:
@@ -111,7 +113,13 @@ def train(
         raise typer.Exit(0 if learn_by_heart(stage, load_params(), load_compute(compute), overfit) else 1)
     from haplovl.train.trainer import train_stage
 
-    train_stage(stage, load_params(), load_compute(compute), resume_from)
+    profile = load_compute(compute)
+    if profile.launcher == "sky" and "RANK" not in os.environ:
+        raise UserError(
+            f"compute profile '{profile.name}' trains on rented nodes: 'make pipeline COMPUTE={profile.name}' launches "
+            "them; choose another profile to train on this machine"
+        )
+    train_stage(stage, load_params(), profile, resume_from)
 
 
 @app.command()

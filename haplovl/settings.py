@@ -203,11 +203,25 @@ class Params(Strict):
         return self
 
 
+class SkySettings(Strict):
+    """How SkyPilot rents the nodes of a training stage; see infra/sky/README.md."""
+
+    task: str = "infra/sky/train.yaml"
+    """SkyPilot task: devices, storage, and what a node does."""
+    nodes: PositiveInt = 1
+    """Nodes that share the profile's processes evenly."""
+    state_bucket: str
+    """Bucket in which checkpoints outlive the nodes."""
+    secrets: list[str] = []
+    """Names of environment variables that go to the nodes as secrets, where they are set."""
+
+
 class ComputeProfile(Strict):
     """Where and how a job runs; never part of a result's identity."""
 
     name: str
-    launcher: Literal["local"] = "local"
+    launcher: Literal["local", "sky"] = "local"
+    sky: SkySettings | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     processes: PositiveInt = 1
     threads: PositiveInt | None = None
@@ -238,6 +252,14 @@ class ComputeProfile(Strict):
         least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage < least:
             raise ValueError(f"offload: {self.offload} needs zero_stage {least} or more, found {self.zero_stage}")
+        return self
+
+    @model_validator(mode="after")
+    def _sky_shares_the_processes(self) -> "ComputeProfile":
+        if self.launcher == "sky" and self.sky is None:
+            raise ValueError("launcher: sky needs a section sky with at least state_bucket; see infra/sky/README.md")
+        if self.sky and self.processes % self.sky.nodes:
+            raise ValueError(f"sky.nodes: {self.sky.nodes} nodes cannot share {self.processes} processes evenly")
         return self
 
 
