@@ -1,7 +1,8 @@
 """How a stage's inputs and results travel between the flow's machine and rented nodes.
 
 Code comes from git at a commit, data and models from the DVC remote. `dvc.lock`, which the flow changes as it goes and
-commits at its end, travels in an environment variable; results are found again through DVC's run cache.
+commits at its end, travels in an environment variable (`python -m flows.travel` prints its value); results are found
+again through DVC's run cache.
 """
 
 import base64
@@ -98,3 +99,7 @@ def restore(name: str) -> bool:
     finally:
         repo.close()
     return True
+
+
+if __name__ == "__main__":
+    print(packed_lock())

@@ -4,4 +4,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export DVC_NO_ANALYTICS=1 DO_NOT_TRACK=1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"   # this commit's code, whatever else is installed
 exec "${HAPLOVL_PYTHON:-.venv/bin/python}" -m flows.node "$HAPLOVL_STAGE"
