@@ -138,7 +138,10 @@ def test_the_work_pool_template_fits_prefect_and_makes_a_job(check):
     values |= {"name": "run", "command": "prefect flow-run execute", "labels": {"a": "b"}}
     made = apply_values(template["job_configuration"], values, remove_notset=True)
     manifest = made["job_manifest"]
-    container = manifest["spec"]["template"]["spec"]["containers"][0]
+    pod = manifest["spec"]["template"]["spec"]
+    # Prefect's worker (prefect-kubernetes 0.8.0) insists on both in this place, where Kubernetes ignores them.
+    assert pod.pop("parallelism") == 1 and pod.pop("completions") == 1
+    container = pod["containers"][0]
     # The worker turns these two from what it templates into what Kubernetes wants.
     container["env"] = [{"name": name, "value": value} for name, value in container["env"].items()]
     container["args"] = container["args"].split()
