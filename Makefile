@@ -1,5 +1,6 @@
 # make pipeline   everything: .venv, then the Prefect flow over all stages of dvc.yaml, then the version
 # make compare    recipes on equal terms, then reports/comparison/;  make ablations  single switches
+# make drill      kills, fills and cuts what the pipeline runs on, and checks that the outs stay the same
 # make serve      a Prefect server and worker for this checkout; make retrain  make pipeline, then promotion
 # make test       the fast tests;  make test-slow  drills that take minutes;  make test-harness  through lmms-eval
 # make infra-env  .venv-infra: SkyPilot, ParallelCluster and what checks infra/;  make test-infra  checks it
@@ -20,7 +21,7 @@ COMPUTE ?= $(or $(HAPLOVL_COMPUTE),laptop)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: pipeline retrain serve compare ablations test test-slow test-harness test-infra lint venv eval-env infra-env clean
+.PHONY: pipeline retrain serve drill compare ablations test test-slow test-harness test-infra lint venv eval-env infra-env clean
 .DEFAULT_GOAL := pipeline
 
 pipeline: $(READY)
@@ -32,6 +33,9 @@ retrain: $(READY)
 
 serve: $(READY)
 	@$(BIN)/python -m flows.serve $(if $(PORT),--port $(PORT))
+
+drill: $(READY)
+	@$(BIN)/python benchmarks/drill.py
 
 # Both go on where they were interrupted; JOBS=1 trains one recipe at a time.
 compare ablations: $(READY)

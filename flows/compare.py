@@ -12,15 +12,25 @@ from threading import Event, Lock
 
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.pipeline import NO_CACHE, Completed, Failed, State, flow, get_run_logger, start_server, task
-from flows.stages import Project, Stage, end_all, run_stage
+from flows.pipeline import (
+    AGAIN,
+    NO_CACHE,
+    Completed,
+    Failed,
+    State,
+    flow,
+    get_run_logger,
+    may_be_retried,
+    start_server,
+    task,
+)
+from flows.stages import Project, Stage, end_all, may_help_again, run_stage
 from haplovl.errors import UserError
 
 FILE = "comparison/dvc.yaml"
 GROUPS = {"compare": ("compute", "samples"), "ablations": ("ablations",)}
-LOCKED = "Unable to acquire lock"
-"""What DVC says while another of its processes writes down a result: to be tried again."""
 TRIES = 20
+"""Tries of a stage that finds DVC's lock taken, or that a temporary fault ended."""
 STOPPING = Event()
 """Set by an interruption: nothing new is started."""
 
@@ -51,7 +61,13 @@ class SharedProject:
             return self._project.is_unchanged(name)
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+@task(
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=TRIES,
+    retry_delay_seconds=1,
+    retry_condition_fn=may_be_retried,
+)
 def run_or_skip(project: SharedProject, name: str, compute: str) -> State:
     """One DVC stage: Cached when DVC finds it unchanged, else run."""
     if STOPPING.is_set():
@@ -59,12 +75,13 @@ def run_or_skip(project: SharedProject, name: str, compute: str) -> State:
     if project.is_unchanged(name):
         return Completed(name="Cached", message="DVC finds it unchanged")
     short = name.rpartition(":")[2]
-    for _ in range(TRIES):
-        code, last_lines = run_stage(name, compute, lambda line: get_run_logger().info(f"{short}: {line}"))
-        if not code or STOPPING.is_set() or not any(LOCKED in line for line in last_lines):
-            break
+    code, last_lines = run_stage(name, compute, lambda line: get_run_logger().info(f"{short}: {line}"))
     if code:
-        return Failed(message="\n    ".join([f"'{name}' failed (exit code {code}); its last lines:", *last_lines]))
+        again = may_help_again(last_lines) and not STOPPING.is_set()
+        return Failed(
+            name=AGAIN if again else None,
+            message="\n    ".join([f"'{name}' failed (exit code {code}); its last lines:", *last_lines]),
+        )
     return Completed(message="done")
 
 

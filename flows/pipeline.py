@@ -29,7 +29,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.stages import Project, run_stage
+from flows.stages import Project, may_help_again, run_stage
 from haplovl.errors import UserError
 from haplovl.files import METRICS, REPORTS, RUNS, read_json
 
@@ -38,7 +38,24 @@ REPORT = REPORTS / "evaluation" / "index.html"
 PUBLISHED = RUNS / "published.json"
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+AGAIN = "Interrupted"
+"""Name of the failed state of a stage that may succeed when it is run again as it is."""
+AGAIN_AFTER = [10, 60, 300]
+"""Seconds before the tries."""
+
+
+def may_be_retried(_: Any, __: Any, state: State) -> bool:
+    """Only what time may mend: never wrong data, settings or code."""
+    return state.name == AGAIN
+
+
+@task(
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=len(AGAIN_AFTER),
+    retry_delay_seconds=AGAIN_AFTER,
+    retry_condition_fn=may_be_retried,
+)
 def run_or_skip(project: Project, name: str, compute: str) -> State:
     """One DVC stage: Cached when DVC finds it unchanged, else run."""
     if project.is_unchanged(name):
@@ -47,7 +64,8 @@ def run_or_skip(project: Project, name: str, compute: str) -> State:
     project.forget()
     if code:
         return Failed(
-            message="\n    ".join([f"stage '{name}' failed (exit code {code}); its last lines:", *last_lines])
+            name=AGAIN if may_help_again(last_lines) else None,
+            message="\n    ".join([f"stage '{name}' failed (exit code {code}); its last lines:", *last_lines]),
         )
     return Completed(message="done")
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from haplovl.errors import UserError
+from haplovl.errors import EXIT_AGAIN, UserError
 from haplovl.settings import COMPUTE_FOLDER, ComputeProfile, load_compute
+from haplovl.train.launch import EXIT_PREEMPTED
 
 RENTABLE = ("stage1", "stage2")
 """Stages that train; the others always run on the flow's machine."""
@@ -27,6 +28,9 @@ TAIL_LINES = 20
 TAIL_BYTES = 64 * 1024
 INTERRUPT_SECONDS = 20
 """How long an interrupted stage may take to write its checkpoint before it is killed."""
+
+_AGAIN = re.compile(rf"exited with ({EXIT_AGAIN}|{EXIT_PREEMPTED})\b|Unable to acquire lock")
+"""What DVC says of a stage that a temporary fault or a stop signal ended, or while another of its processes works."""
 
 _running: set[subprocess.Popen[bytes]] = set()
 """Commands that run now, in whatever thread."""
@@ -123,6 +127,15 @@ def rented(compute: str) -> ComputeProfile | None:
         return None  # A project without training needs no profiles.
     profile = load_compute(compute)
     return profile if profile.launcher == "sky" else None
+
+
+def may_help_again(last_lines: list[str]) -> bool:
+    """Whether a stage that ended with these lines may well succeed when it is run again as it is.
+
+    So it is after a fault of network or file system, or a stop signal with a checkpoint; never after wrong data,
+    settings or code.
+    """
+    return any(_AGAIN.search(line) for line in last_lines)
 
 
 def stream(

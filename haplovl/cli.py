@@ -111,14 +111,22 @@ def train(
         from haplovl.train.overfit import overfit as learn_by_heart
 
         raise typer.Exit(0 if learn_by_heart(stage, load_params(), load_compute(compute), overfit) else 1)
-    from haplovl.train.trainer import train_stage
-
     profile = load_compute(compute)
+    if profile.launcher == "slurm" and resume_from is not None:
+        raise typer.BadParameter("a job goes on by itself; --resume-from is for profiles with launcher: local")
+    # Inside the job its processes find the variable that the job's script sets.
+    if profile.launcher == "slurm" and "HAPLOVL_JOB" not in os.environ:
+        from haplovl.slurm import train_as_job
+
+        train_as_job(stage, load_params(), profile)
+        return
     if profile.launcher == "sky" and "RANK" not in os.environ:
         raise UserError(
             f"compute profile '{profile.name}' trains on rented nodes: 'make pipeline COMPUTE={profile.name}' launches "
             "them; choose another profile to train on this machine"
         )
+    from haplovl.train.trainer import train_stage
+
     train_stage(stage, load_params(), profile, resume_from)
 
 
@@ -279,14 +287,16 @@ def preset(name: Annotated[str | None, typer.Argument(help="A file of params/, w
 
 
 def main() -> None:
-    """Runs the command; an error meant for the user ends it with one sentence and exit code 1."""
-    from haplovl.errors import UserError, printable
+    """Runs the command; an error meant for the user ends it with one sentence and exit code 1 (75: try again)."""
+    from haplovl.errors import EXIT_AGAIN, TemporaryError, UserError, is_temporary, printable
 
     try:
         app()
     except UserError as error:
-        sys.exit(f"error: {printable(str(error))}")
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(EXIT_AGAIN if isinstance(error, TemporaryError) else 1)
     except OSError as error:
         if error.errno is None:
             raise
-        sys.exit(f"error: {error.strerror}: {error.filename or 'while writing'}")
+        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+        sys.exit(EXIT_AGAIN if is_temporary(error) else 1)

@@ -203,6 +203,23 @@ class Params(Strict):
         return self
 
 
+class SlurmSettings(Strict):
+    """What a job asks of Slurm; what is not set is left to the cluster's defaults."""
+
+    nodes: PositiveInt = 1
+    """Nodes that the profile's processes are spread over, as many on each."""
+    partition: str | None = None
+    account: str | None = None
+    time_limit: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d{2}){0,2}$")] | None = None
+    """As sbatch takes it: minutes, `hours:minutes:seconds` or `days-hours`."""
+    stop_seconds: PositiveInt = 120
+    """How long before the time limit training is told to write a checkpoint; the job then queues again."""
+    most_requeues: PositiveInt = 100
+    """How often a job that was stopped so may queue again."""
+    options: list[Annotated[str, Field(pattern=r"^--\S")]] = []
+    """Further options of sbatch, such as `--qos=long` or `--exclusive`."""
+
+
 class SkySettings(Strict):
     """How SkyPilot rents the nodes of a training stage; see infra/sky/README.md."""
 
@@ -220,7 +237,9 @@ class ComputeProfile(Strict):
     """Where and how a job runs; never part of a result's identity."""
 
     name: str
-    launcher: Literal["local", "sky"] = "local"
+    launcher: Literal["local", "slurm", "sky"] = "local"
+    """Who starts the training stages' processes; everything else runs where the command runs."""
+    slurm: SlurmSettings | None = None
     sky: SkySettings | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     processes: PositiveInt = 1
@@ -248,6 +267,14 @@ class ComputeProfile(Strict):
     """Price of one device for an hour, in US dollars."""
 
     @model_validator(mode="after")
+    def _launcher_has_its_section(self) -> "ComputeProfile":
+        if (self.launcher == "slurm") != (self.slurm is not None):
+            raise ValueError("launcher: slurm and a section slurm need each other")
+        if self.slurm is not None and self.processes % self.slurm.nodes:
+            raise ValueError(f"processes: {self.processes} cannot be spread evenly over {self.slurm.nodes} nodes")
+        return self
+
+    @model_validator(mode="after")
     def _offload_what_is_split(self) -> "ComputeProfile":
         least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage < least:
@@ -256,8 +283,8 @@ class ComputeProfile(Strict):
 
     @model_validator(mode="after")
     def _sky_shares_the_processes(self) -> "ComputeProfile":
-        if self.launcher == "sky" and self.sky is None:
-            raise ValueError("launcher: sky needs a section sky with at least state_bucket; see infra/sky/README.md")
+        if (self.launcher == "sky") != (self.sky is not None):
+            raise ValueError("launcher: sky and a section sky need each other; infra/sky/README.md shows one")
         if self.sky and self.processes % self.sky.nodes:
             raise ValueError(f"sky.nodes: {self.sky.nodes} nodes cannot share {self.processes} processes evenly")
         return self

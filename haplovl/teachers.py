@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from haplovl.data.conversation import TEMPLATES
-from haplovl.errors import UserError
+from haplovl.errors import TemporaryError, UserError
 from haplovl.files import TEACHERS, VALIDATED, require, sha256_of_folder, whole_folder, write_json
 from haplovl.model import HaploImageProcessor, HaploProcessor
 from haplovl.model.inherit import vision_part
@@ -208,7 +208,9 @@ def _load(load: Callable[[], Any], place: str) -> Any:
         reason = " ".join(str(error).split())
         if "mismatched_sizes" in reason:
             reason = "its weights have other shapes than its config.json says"
-        raise UserError(f"the teacher '{place}' cannot be loaded: {reason[:300]}") from None
+        offline = isinstance(error, (ConnectionError, TimeoutError)) or "couldn't connect" in reason
+        kind = TemporaryError if offline else UserError
+        raise kind(f"the teacher '{place}' cannot be loaded: {reason[:300]}") from None
 
 
 def seed_everything(seed: int) -> None:

@@ -72,8 +72,7 @@ class RunFolder:
     @classmethod
     def of(cls, stage: str, identity: dict[str, Any]) -> "RunFolder":
         """The folder of a stage's run; one that was left half-written is made clean."""
-        folder = cls(Path(), identity)
-        folder.path = RUNS / "training" / f"{stage}-{folder.key[:16]}"
+        folder = cls.named(stage, identity)
         if is_main():
             folder.path.mkdir(parents=True, exist_ok=True)
             if (folder.path / FINISHED).exists():  # the same run again, from its beginning
@@ -85,6 +84,18 @@ class RunFolder:
         barrier()
         folder.path.mkdir(parents=True, exist_ok=True)  # a bucket shows no node the empty folder of another one
         return folder
+
+    @classmethod
+    def named(cls, stage: str, identity: dict[str, Any]) -> "RunFolder":
+        """The folder of a stage's run, as it is."""
+        folder = cls(Path(), identity)
+        folder.path = RUNS / "training" / f"{stage}-{folder.key[:16]}"
+        return folder
+
+    @property
+    def result(self) -> Path:
+        """Where a job of a scheduler leaves the stage's outcome for the command that waits for it."""
+        return self.path / "result"
 
     @property
     def key(self) -> str:

@@ -25,6 +25,8 @@ from haplovl.train.optim import freeze_parts
 from haplovl.train.state import full_weights
 
 OUTPUTS = {"stage1": STAGE1, "stage2": STAGE2}
+STARTS = {"stage1": (TEACHERS, "teachers"), "stage2": (STAGE1, "train stage1")}
+"""Where a stage's first weights are, and the command that makes them."""
 
 
 @dataclass
@@ -51,26 +53,33 @@ def build_stage(name: str, params: Params, from_teachers: bool = False) -> Stage
         UserError: inputs are missing, or settings and teachers do not fit.
     """
     seed_everything(params.seed)
-    manifest = sha256_of(require(PREPARED / "manifest.json", "prepare"))
+    identity = stage_identity(name, params, "stage1" if from_teachers else name)
     settings = getattr(params, name)
     build = _stage1 if name == "stage1" or from_teachers else _stage2
-    start, processor, model, make_objective = build(params)
+    processor, model, make_objective = build(params)
     objective, flops = None, None
     if isinstance(settings, StageSettings):
         objective, flops = make_objective(settings)
-    identity = {
-        name: settings.model_dump(mode="json"),
-        "seed": params.seed,
-        "model": params.model.model_dump(mode="json"),
-        "data (manifest)": manifest,
-        "initial weights": sha256_of_folder(start),
-        "code": _code_hash(),
-    }
     return Stage(name, settings, model, objective, processor, flops, identity)
 
 
+def stage_identity(name: str, params: Params, start: str | None = None) -> dict[str, Any]:
+    """What decides a stage's result, by name: settings, data, first weights (those of stage `start`) and code.
+
+    Raises:
+        UserError: inputs are missing.
+    """
+    return {
+        name: getattr(params, name).model_dump(mode="json"),
+        "seed": params.seed,
+        "model": params.model.model_dump(mode="json"),
+        "data (manifest)": sha256_of(require(PREPARED / "manifest.json", "prepare")),
+        "initial weights": sha256_of_folder(require(*STARTS[start or name])),
+        "code": _code_hash(),
+    }
+
+
 def _stage1(params: Params) -> tuple[Any, ...]:
-    start = require(TEACHERS, "teachers")
     processor = recipe_processor(params)
     vision = load_vision(TEACHERS / "vision")
     ids = processor.image_token_id, len(processor.tokenizer), processor.video_token_id
@@ -89,16 +98,15 @@ def _stage1(params: Params) -> tuple[Any, ...]:
             return made, StepFlops.stage1(model, vision.config)
         return _next_token(model, settings, "stage2" if isinstance(settings, Stage2Settings) else "stage1")
 
-    return start, processor, model.train(), objective
+    return processor, model.train(), objective
 
 
 def _stage2(params: Params) -> tuple[Any, ...]:
-    start = require(STAGE1, "train stage1")
     processor = HaploProcessor.from_pretrained(STAGE1)
     model = HaploForConditionalGeneration.from_pretrained(STAGE1, dtype=torch.float32)
     if params.stage2.lora is not None:
         add_adapters(model, params.stage2.lora, params.seed)
-    return start, processor, model.train(), lambda settings: _next_token(model, settings, "stage2")
+    return processor, model.train(), lambda settings: _next_token(model, settings, "stage2")
 
 
 def _next_token(
@@ -136,7 +144,7 @@ def _heads(objective: nn.Module | None) -> dict[str, torch.Tensor]:
     }
 
 
-def save_stage(stage: Stage, rows: list[dict[str, Any]], connector_is_text_head: bool) -> None:
+def save_stage(stage: Stage, target: Path, rows: list[dict[str, Any]], connector_is_text_head: bool) -> None:
     """Writes the stage's transformers folder: weights, processor and the log without its timings; all ranks call it.
 
     Stage 1 leaves the language model in float32; one type for the whole folder.
@@ -153,11 +161,11 @@ def save_stage(stage: Stage, rows: list[dict[str, Any]], connector_is_text_head:
     if stage.name == "stage2" and stage.settings.lora is not None:
         weights = merged_weights(weights, stage.settings.lora)
     stage.model.config.dtype = precision
-    with whole_folder(OUTPUTS[stage.name]) as folder:
+    with whole_folder(target) as folder:
         stage.model.eval().save_pretrained(folder, state_dict=weights)
         stage.processor.save_pretrained(folder)
         if heads:
             save_file(heads, folder / HEADS)
         write_jsonl(folder / "training_log.jsonl", map(without_measurements, rows))
     how = f"loss {rows[-1]['loss']:.4f} after {len(rows)} steps" if rows else "nothing to train in this recipe"
-    say(f"{stage.name}: {how} -> {OUTPUTS[stage.name]}")
+    say(f"{stage.name}: {how} -> {target}")

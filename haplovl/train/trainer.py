@@ -47,7 +47,7 @@ def train_stage(name: str, params: Params, compute: ComputeProfile, resume_from:
     try:
         stage = build_stage(name, params)
         if stage.objective is None:
-            save_stage(stage, [], False)
+            save_stage(stage, OUTPUTS[name], [], False)
             return
         # By name: the pre-decoder has a configuration, but is no transformers model of its own to be asked.
         stage.model.set_attn_implementation({"": compute.attention, "text_config": compute.attention})
@@ -55,7 +55,9 @@ def train_stage(name: str, params: Params, compute: ComputeProfile, resume_from:
             stage.model.gradient_checkpointing_enable()
         folder = RunFolder.of(name, stage.identity)
         rows = _run(stage, folder, params, compute, device, resume_from)
-        save_stage(stage, rows, params.model.connector == "text_head")
+        # A job's result waits beside its state: DVC may delete the stage's out before anybody asks for it.
+        target = folder.result if compute.launcher == "slurm" else OUTPUTS[name]
+        save_stage(stage, target, rows, params.model.connector == "text_head")
         folder.finish()
         barrier()
     finally:
@@ -114,6 +116,7 @@ def _run(
                 folder.save(engine, step, score)
             if stopping:
                 folder.finish_writing()
+                barrier()  # a launcher ends the others once the first has gone
                 say(f"stopped by signal after step {step}; the same command goes on from here")
                 sys.exit(EXIT_PREEMPTED)
             ended = time.perf_counter()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.stages import Project, stream
+from flows.stages import Project, may_help_again, stream
 from haplovl.errors import UserError
 
 DVC_YAML = """
@@ -90,6 +90,29 @@ def test_the_flow_runs_every_stage_then_finds_all_cached_and_stops_at_a_failure(
     assert "the disk is full" in message
     assert "Task run 'first' - Finished in state Cached" in done.stdout
     assert "Task run 'last'" not in done.stdout and not (project / "last.txt").exists()
+
+
+def test_a_stage_that_was_stopped_is_tried_again(project, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(project, copy)
+    (copy / "middle.sh").write_text(f"test -f tried || {{ touch tried; exit 85; }}\n{PASSES}")
+    done = run_flow(copy)
+    assert done.returncode == 0, done.stdout
+    assert "'AwaitingRetry'" in done.stdout
+    assert (copy / "last.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("line", "again"),
+    [
+        ("ERROR: failed to reproduce 'collect': failed to run: haplovl collect, exited with 75", True),
+        ("ERROR: failed to reproduce 'collect': failed to run: haplovl collect, exited with 1", False),
+        ("ERROR: Unable to acquire lock. Most likely another DVC process is running", True),
+        ("error: No space left on device: data/raw.partial", False),
+    ],
+)
+def test_only_what_time_may_mend_is_tried_again(line, again):
+    assert may_help_again(["reading", line]) is again
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

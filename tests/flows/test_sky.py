@@ -206,7 +206,7 @@ def test_profiles_that_cannot_be_rented_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "infra/compute/rented.yaml"
     path.parent.mkdir(parents=True)
     path.write_text(yaml.safe_dump(PROFILE | {"sky": None}))
-    with pytest.raises(SettingsError, match="launcher: sky needs a section sky with at least state_bucket"):
+    with pytest.raises(SettingsError, match="launcher: sky and a section sky need each other"):
         load_compute("rented")
     path.write_text(yaml.safe_dump(PROFILE | {"processes": 8, "sky": {"state_bucket": "b", "nodes": 3}}))
     with pytest.raises(SettingsError, match="sky.nodes: 3 nodes cannot share 8 processes evenly"):
