@@ -3,8 +3,8 @@
     python benchmarks/drill.py [--json FILE] [--folder FOLDER] [--only NAME ...]
 
 Every drill starts before stage 1, meets its fault, is mended as docs/pipeline.md says, and is judged by the hashes of
-all outs in dvc.lock: they must be those of the run that nothing disturbed. A drill that cannot run here (no root, no Slurm)
-is not counted and says why.
+all outs in dvc.lock: they must be those of the run that nothing disturbed. A drill that cannot run here (no root, no
+Slurm) is not counted and says why.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python benchmarks/orchestration.py [--json FILE] [--full] [--pairs N] [--no-drill]
 
 Flow and `dvc repro` run in turns, each on a copy of one project with nothing trained yet: the small recipe of the
-drills, or with --full the committed one (half an hour each on two cores). A cached flow is taken apart: Prefect's own start is
-what an empty flow takes in the same environment.
+drills, or with --full the committed one (half an hour each on two cores). A cached flow is taken apart: Prefect's own
+start is what an empty flow takes in the same environment.
 """
 
 import argparse

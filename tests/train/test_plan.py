@@ -38,7 +38,7 @@ def laptop(**changes) -> ComputeProfile:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "profile", "billions"), [("haplovl-7b", "node-8gpu", 7.05), ("haplovl-8b", "cluster-32gpu", 8.34)]
+    ("recipe", "profile", "billions"), [("haplovl-7b", "node-8gpu", 7.05), ("haplovl-8b", "slurm-4x8gpu", 8.34)]
 )
 def test_full_size_fits_the_profile_that_is_meant_for_it(recipe, profile, billions):
     params, compute = load_params(f"params/{recipe}.yaml"), load_compute(profile)

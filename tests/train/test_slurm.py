@@ -21,8 +21,8 @@ LONG = {"steps": 40, "precision": "fp32", "checkpoint_every": 5, "batch": {"rows
 SHAPE = {"device": "cpu", "processes": 2, "threads": 1, "zero_stage": 1, "micro_batch_rows": 2}
 
 if reason := missing():
-    # In continuous integration the packages are installed, so that a skip there would hide that nothing was tested.
-    assert "HAPLOVL_REQUIRE_SLURM" not in os.environ, reason
+    # Continuous integration installs the packages: a skip for want of them would hide that nothing was tested.
+    assert "apt-get" not in reason or "HAPLOVL_REQUIRE_SLURM" not in os.environ, reason
 pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
 
