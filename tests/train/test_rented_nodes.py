@@ -185,7 +185,7 @@ def straight(made, tmp_path_factory):
 
 
 def train_with_a_kill(project, home):
-    """The flow's stage on a node that is taken away in the middle; what the flow said, and the folder of the last node."""
+    """The flow's stage on a node that is taken away in the middle; what the flow said, and the last node's folder."""
     process = start_flow(project)
     kill_tree(wait_for_step(process, home, 4)[0])
     output = process.communicate(timeout=200)[0]
@@ -197,7 +197,7 @@ def train_with_a_kill(project, home):
 
 
 def test_a_rented_node_is_taken_away_and_the_results_come_home(project, tmp_path):
-    """The next node goes on from the bucket; the flow restores what came out, trains nothing, has the node's dvc.lock."""
+    """The next node goes on from the bucket; the flow restores what came out and trains nothing."""
     output, node = train_with_a_kill(project, tmp_path / "sky")
     assert "Stage 'stage1' is cached - skipping run" in output and not (project / "runs/training").exists()
     before = results(project)
