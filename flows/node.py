@@ -78,6 +78,7 @@ def run(stage: str, compute: ComputeProfile, place: Place) -> int:
     fetch_inputs(stage)
     if restore(stage):
         print(f"{stage} was run before with these inputs; its results are in the DVC remote", flush=True)
+        dvc("repro", "--single-item", "--quiet", stage)  # runs nothing, but writes dvc.lock
     else:
         code = Ranks(stage, compute, place).wait()
         if code or place.node:
@@ -110,7 +111,6 @@ def fetch_inputs(stage: str) -> None:
 
 def send_results(stage: str) -> int:
     """Pushes the stage's outs and its entry in the run cache, by which `dvc repro --pull` finds them elsewhere."""
-    dvc("repro", "--single-item", "--quiet", stage)  # After a restore this writes dvc.lock; else nothing is left to do.
     code = dvc("push", "--run-cache", stage)
     print(f"{stage}: results are in the DVC remote" if code == 0 else f"error: {stage}: dvc push failed", flush=True)
     return code

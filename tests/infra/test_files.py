@@ -102,7 +102,8 @@ def test_kubeflow_and_kubernetes_read_their_files(check):
     for name, kinds in {
         "runtime": ["TrainingRuntime"],
         "train": ["TrainJob"],
-        "storage": ["PersistentVolumeClaim"], "checkout": ["Job"],
+        "storage": ["PersistentVolumeClaim"],
+        "checkout": ["Job"],
     }.items():
         assert check("kubernetes", kubernetes_file(f"{name}.yaml")) == kinds
     train, runtime = kubernetes_file("train.yaml"), kubernetes_file("runtime.yaml")

@@ -20,6 +20,7 @@ import yaml
 from run_state import complete
 
 from haplovl.files import sha256_of
+from haplovl.train import checkpoint
 
 ROOT = Path(__file__).parents[2]
 STAGE = {"steps": 30, "precision": "fp32", "checkpoint_every": 2, "batch": {"rows": 4, "row_tokens": 96}}
@@ -77,7 +78,7 @@ def surroundings(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def made(make_project, vision, language, processor, tmp_path_factory):
-    """A project ready for stage 1, with its data in DVC's cache; not yet in git."""
+    """A project ready for stage 1, with its data in DVC's cache and dvc.lock; not yet in git."""
     folder = make_project(tmp_path_factory.mktemp("made") / "", vision, language, processor, STAGE)
     for path in ("data/raw", "data/validated", "infra/sky"):
         shutil.rmtree(folder / path)
@@ -89,6 +90,10 @@ def made(make_project, vision, language, processor, tmp_path_factory):
         sky = {"state_bucket": "a-bucket", "nodes": more["processes"]}
         profile = {"name": name, **PROFILE, **more, "sky": sky}
         (folder / f"infra/compute/{name}.yaml").write_text(yaml.safe_dump(profile))
+    (folder / ".dvc").mkdir()
+    (folder / ".dvc/config").write_text("[core]\n    no_scm = true\n")  # git comes when it has a remote
+    (folder / ".dvc/.gitignore").write_text("/config.local\n/tmp\n/cache\n")
+    dvc(folder, "commit", "-q", "-f", "teachers", "prepare")
     return folder
 
 
@@ -99,16 +104,13 @@ def project(made, tmp_path):
     shutil.copytree(made, folder)
     git(tmp_path, "init", "-q", "--bare", origin)
     git(folder, "init", "-q", "-b", "main")
-    dvc(folder, "init", "-q")
-    dvc(folder, "remote", "add", "-q", "-d", "store", str(tmp_path / "remote"))
-    dvc(folder, "commit", "-q", "-f", "teachers", "prepare")
-    git(folder, "add", "-A")
+    (folder / ".dvc/config").write_text(
+        f"[core]\n    remote = store\n['remote \"store\"']\n    url = {tmp_path}/remote\n"
+    )
+    # As in a flow: the entries of the stages before are in dvc.lock, which is committed only at the end.
+    git(folder, "add", "-A", ".", ":!dvc.lock")
     git(folder, "commit", "-qm", "start")
     git(folder, "remote", "add", "origin", origin)
-    git(folder, "push", "-q", "origin", "main")
-    # As in a flow: the entries of the stages before are in dvc.lock, which is committed only at the end.
-    git(folder, "rm", "-q", "--cached", "dvc.lock")
-    git(folder, "commit", "-qm", "no lock")
     git(folder, "push", "-q", "origin", "main")
     return folder
 
@@ -174,8 +176,6 @@ def straight(made, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight") / "project"
     shutil.copytree(made, folder)
     git(folder, "init", "-q")
-    dvc(folder, "init", "-q")
-    dvc(folder, "commit", "-q", "-f", "teachers", "prepare")
     local = {**PROFILE, "name": "here", "launcher": "local"}
     (folder / "infra/compute/here.yaml").write_text(yaml.safe_dump(local))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -256,3 +256,18 @@ def test_a_killed_flow_finds_its_job_again_and_an_interrupted_one_cancels_it(pro
     assert "cancelling haplovl-stage1-" in output
     assert json.loads((home / "job-1.json").read_text())["status"] == "CANCELLED"
     assert sky_calls(tmp_path).count("jobs launch") == 1
+
+
+def test_all_ranks_go_on_from_a_checkpoint_that_all_of_them_see(tmp_path, monkeypatch):
+    """A bucket shows one node the newest checkpoint before another one: both take the one before it."""
+    for step in (2, 4):
+        (tmp_path / f"step-{step}").mkdir()
+        marker = {"step": step, "rank": 0, "world": 1, "file": "rank-0.safetensors", "validation_loss": None}
+        (tmp_path / f"step-{step}/rank-0.json").write_text(json.dumps(marker))
+
+    def gather(everywhere, mine):
+        everywhere[:] = [mine, [2]]
+
+    monkeypatch.setattr(checkpoint, "_world", lambda: 2)
+    monkeypatch.setattr(checkpoint.dist, "all_gather_object", gather)
+    assert [found.step for found in checkpoint.RunFolder(tmp_path, {})._seen_by_all()] == [2]
