@@ -176,7 +176,7 @@ def register() -> None:
 
 @app.command()
 def publish() -> None:
-    """Commit dvc.lock, tag the version (GTO) and log the W&B artifact."""
+    """Commit dvc.lock and lineage.json, tag the version (GTO) and log the W&B artifact."""
     from haplovl.publish import publish
     from haplovl.settings import load_params
 

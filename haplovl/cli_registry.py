@@ -1,4 +1,4 @@
-"""Commands about registered versions: which there are, which is in production, and the way back."""
+"""Commands about registered versions: which there are, where they come from, which is in production, the way back."""
 
 from pathlib import Path
 from typing import Annotated
@@ -54,3 +54,29 @@ def get(
 
     name = load_params().register_.name
     typer.echo(f"{name} {get(name, output, version, stage)} is in {output}")
+
+
+@versions.command()
+def lineage(
+    version: Annotated[str, typer.Argument(help="Such as v0.0.2; haplovl models lists them.")],
+    as_json: AsJson = False,
+) -> None:
+    """Tell where a version comes from: code, data, settings, teachers, packages, hardware and W&B runs."""
+    from haplovl.lineage_tables import print_lineage
+
+    print_lineage(version, as_json)
+
+
+@versions.command()
+def reproduce(
+    version: Annotated[str, typer.Argument(help="Such as v0.0.2; haplovl models lists them.")],
+    stage: Annotated[
+        list[str] | None, typer.Option(help="Run only this one, with its recorded inputs; may be repeated.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Do not remove the worktree.")] = False,
+) -> None:
+    """Run a version again in a clean worktree and compare the hashes of all outs; exits with 1 where they part."""
+    from haplovl.reproduce_tables import print_reproduction
+
+    if not print_reproduction(version, stage or [], keep):
+        raise typer.Exit(1)

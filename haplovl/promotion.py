@@ -79,7 +79,7 @@ def promote(name: str, version: str | None = None, stage: str = PROD, force: boo
     Raises:
         UserError: no such version, nothing to compare by, or both were tested on different questions.
     """
-    version = _known(name, version)
+    version = known(name, version)
     champion = in_stage(name, stage)
     if champion == version:
         return Verdict(version, champion)
@@ -147,7 +147,7 @@ def get(name: str, out: Path, version: str | None = None, stage: str = PROD) -> 
     """
     if out.exists():
         raise UserError(f"{out} exists already; give another folder with --output, or remove it")
-    found = _known(name, version) if version else in_stage(name, stage)
+    found = known(name, version) if version else in_stage(name, stage)
     if found is None:
         raise UserError(f"no version of {name} is in '{stage}'; 'haplovl promote' puts one there")
     with whole_folder(out) as folder:
@@ -180,7 +180,7 @@ def _difference(new: Side, old: Side, ids: list[str]) -> Difference:
     return paired_difference(*([side.answers[id_].correct for id_ in ids] for side in (new, old)))
 
 
-def _known(name: str, version: str | None) -> str:
+def known(name: str, version: str | None) -> str:
     """A registered version's name: the one given (with or without the model's name), or the newest.
 
     Raises:

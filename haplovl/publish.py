@@ -1,4 +1,4 @@
-"""`haplovl publish`: commits dvc.lock, registers the version with GTO and logs the W&B artifact.
+"""`haplovl publish`: commits dvc.lock and lineage.json, registers the version with GTO and logs the W&B artifact.
 
 Git runs as a command; GTO and W&B are imported only when there is a new version, so that publishing an unchanged
 candidate takes a fraction of a second.
@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from haplovl.errors import UserError
 from haplovl.files import CANDIDATE, RUNS, STAGE2, read_json, require, sha256_of, write_json
-from haplovl.revisions import LOCK
+from haplovl.lineage import RECORD, wandb_id, write_record
+from haplovl.revisions import LOCK, hashes, lock_of, stages_in
 from haplovl.settings import Params
 from haplovl.tracking import start_wandb, wandb_mode
 
@@ -33,7 +32,7 @@ class PublishResult:
     """Why the gate failed."""
     committed: bool = False
     dirty: list[str] = field(default_factory=list)
-    """Changed files that no commit holds, other than dvc.lock."""
+    """Changed files that no commit holds, other than dvc.lock and lineage.json."""
     commit: str = ""
     wandb: str = ""
     """Where the W&B artifact is, or `failed: …`."""
@@ -63,11 +62,15 @@ def publish(params: Params) -> PublishResult:
     result = PublishResult(version=None, dirty=_dirty_files())
     if result.dirty:
         print(f"the tree is dirty; the commit will not hold: {', '.join(result.dirty)}")
-    result.committed = _commit_lock(name)
-    result.version = _registered_version(name, _candidate_hash(Path(LOCK).read_text(encoding="utf-8")))
+    candidate = _candidate_hash(stages_in(Path(LOCK).read_text(encoding="utf-8")))
+    result.version = _registered_version(name, candidate)
     result.new = result.version is None
     if result.version is None:
+        write_record(params, str(candidate), result.dirty)
+        result.committed = _commit(name, LOCK, RECORD.as_posix())
         result.version = _register_with_gto(name)
+    else:
+        result.committed = _commit(name, LOCK)
     result.commit = _git("rev-list", "-n", "1", f"{name}@{result.version}")
     before = read_json(PUBLISHED) if PUBLISHED.is_file() else {}
     result.wandb = before.get("wandb", "") if before.get("version") == result.version else ""
@@ -111,31 +114,29 @@ def with_identity() -> dict[str, str]:
 
 
 def _dirty_files() -> list[str]:
-    """Files with uncommitted changes, dvc.lock left out."""
-    entries = _git("status", "--porcelain", "-z", "--no-renames", "--", ".", f":(exclude){LOCK}").split("\0")
+    """Files with uncommitted changes, left out those that publishing commits."""
+    own = (f":(exclude){name}" for name in (LOCK, RECORD.as_posix()))
+    entries = _git("status", "--porcelain", "-z", "--no-renames", "--", ".", *own).split("\0")
     return [entry[3:] for entry in entries if entry]
 
 
-def _commit_lock(name: str) -> bool:
-    """Commits dvc.lock and nothing else, whatever the user has staged; False when it is committed already.
+def _commit(name: str, *files: str) -> bool:
+    """Commits these files and nothing else, whatever the user has staged; False when they are committed already.
 
     The user's git hooks run: a rule of their repository is theirs to waive, not ours.
     """
-    if not _git("status", "--porcelain", "--", LOCK):
+    if not _git("status", "--porcelain", "--", *files):
         return False
-    _git("add", "--", LOCK)  # A commit by path knows no untracked files.
-    _git("commit", "--quiet", "--only", "-m", f"Record {name}: {LOCK} of the last pipeline run", "--", LOCK)
-    print(f"committed {LOCK}, and only that")
+    _git("add", "--", *files)  # A commit by path knows no untracked files.
+    told = " and ".join(files)
+    _git("commit", "--quiet", "--only", "-m", f"Record {name}: {told} of the last pipeline run", "--", *files)
+    print(f"committed {told}, and nothing else")
     return True
 
 
-def _candidate_hash(lock_text: str) -> str | None:
+def _candidate_hash(stages: dict[str, Any]) -> str | None:
     """The hash of the candidate that a dvc.lock records."""
-    stages = (yaml.safe_load(lock_text) or {}).get("stages") or {}
-    for out in (stages.get("register") or {}).get("outs") or []:
-        if out.get("path") == CANDIDATE.as_posix():
-            return out.get("md5")
-    return None
+    return hashes(stages.get("register", {}).get("outs")).get(CANDIDATE.as_posix())
 
 
 def _registered_version(name: str, candidate_hash: str | None) -> str | None:
@@ -143,7 +144,7 @@ def _registered_version(name: str, candidate_hash: str | None) -> str | None:
     if candidate_hash is None:
         raise UserError(f"{LOCK} does not record the stage 'register'; run 'dvc repro' first")
     for tag in _git("tag", "--list", f"{name}@v*", "--sort=-version:refname").splitlines():
-        if _candidate_hash(_git("show", f"{tag}^{{commit}}:./{LOCK}", check=False)) == candidate_hash:
+        if _candidate_hash(lock_of(f"{tag}^{{commit}}")) == candidate_hash:
             return tag.removeprefix(f"{name}@")
     return None
 
@@ -197,6 +198,8 @@ def _wandb_artifact(params: Params, result: PublishResult, mode: str) -> str:
         name=f"{params.register_.name}@{result.version}",
         job_type="publish",
         config={**metadata, "params": candidate["params"]},
+        id=wandb_id(str(_candidate_hash(lock_of(result.commit)))),
+        resume="allow",
     )
     import wandb  # only now that its folders are set
 

@@ -1,7 +1,14 @@
 """Git revisions of the project, and what DVC kept of them."""
 
+import json
+import shutil
 import subprocess
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from haplovl.errors import UserError
 
@@ -14,12 +21,16 @@ def fetch(version: str, path: Path, target: Path) -> None:
     Raises:
         UserError: the revision is unknown, or what is asked for is in neither.
     """
+    # A file that lies in the cache needs no DVC, which would read the whole project of that revision.
+    kept = _kept(commit_of(version), path)
+    if kept is not None:
+        shutil.copyfile(kept, target)
+        return
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
     from scmrepo.exceptions import SCMError
 
-    commit_of(version)
     try:
         # With today's remotes: those of an old version may not exist yet, or no longer.
         files = DVCFileSystem(".", rev=version, config=dict(Repo(".").config))
@@ -34,6 +45,60 @@ def fetch(version: str, path: Path, target: Path) -> None:
         ) from None
     except (DvcException, SCMError, OSError) as error:
         raise UserError(f"{path} of '{version}' cannot be read: {' '.join(str(error).split())}") from None
+
+
+def lock_of(commit: str) -> dict[str, Any]:
+    """The stages that a commit's dvc.lock records, by name; empty where it has none."""
+    return stages_in(git("show", f"{commit}:./{LOCK}"))
+
+
+def stages_in(lock: str) -> dict[str, Any]:
+    """The stages of a dvc.lock's text, by name."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # C where PyYAML has it: ten times as fast
+    return (yaml.load(lock or "{}", Loader=loader) or {}).get("stages") or {}
+
+
+def hashes(entries: Iterable[dict[str, Any]] | None) -> dict[str, str]:
+    """DVC's hashes of a stage's outs or deps, by path; those of folders end in `.dir`."""
+    return {entry["path"]: str(entry.get("md5") or entry.get("etag") or "") for entry in entries or []}
+
+
+def cached(digest: str) -> Path | None:
+    """The file in DVC's cache that has this hash, if it is there."""
+    path = _cache(Path.cwd()) / digest[:2] / digest[2:]
+    return path if digest and path.is_file() else None
+
+
+def listing(digest: str) -> dict[str, str] | None:
+    """The files of a folder that has this hash, with theirs; None where DVC's cache does not know it."""
+    found = cached(digest) if digest.endswith(".dir") else None
+    if found is None:
+        return None
+    return {entry["relpath"]: entry["md5"] for entry in json.loads(found.read_text(encoding="utf-8"))}
+
+
+def _kept(commit: str, path: Path) -> Path | None:
+    """Where DVC's cache keeps a single file that is, or lies in, an out of a commit."""
+    outs = hashes(out for stage in lock_of(commit).values() for out in stage.get("outs") or [])
+    for name in (path, *path.parents):
+        if digest := outs.get(name.as_posix()):
+            if digest.endswith(".dir"):
+                digest = (listing(digest) or {}).get(path.relative_to(name).as_posix(), "")
+            return cached(digest)
+    return None
+
+
+@lru_cache(maxsize=8)
+def _cache(project: Path) -> Path:
+    """The folder of DVC's cache; opening DVC for it takes a twentieth of a second."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(project)) as repo:
+            return Path(repo.cache.local.path)
+    except DvcException as error:
+        raise UserError(f"no usable DVC project here: {error}") from None
 
 
 def commit_of(version: str) -> str:

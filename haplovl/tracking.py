@@ -106,6 +106,11 @@ def wandb_mode() -> str:
     return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
 
 
+def wandb_project(project: str) -> str:
+    """WANDB_PROJECT, else the given name."""
+    return os.environ.get("WANDB_PROJECT") or project
+
+
 def start_wandb(project: str, mode: str, finish_timeout: float = 0.0, **options: Any) -> Any:
     """Starts a run whose files all lie in runs/wandb; raises what W&B raises.
 
@@ -121,9 +126,15 @@ def start_wandb(project: str, mode: str, finish_timeout: float = 0.0, **options:
     settings = wandb.Settings(
         silent=True, console="off", init_timeout=START_TIMEOUT, finish_timeout=finish_timeout, disable_git=True
     )
-    project = os.environ.get("WANDB_PROJECT") or project
+    project = wandb_project(project)
     options = {**options, "config": without_secrets(options.get("config") or {})}
     return wandb.init(project=project, dir=str(RUNS), mode=mode, settings=settings, **options)
+
+
+def wandb_place(run: Any) -> dict[str, str]:
+    """Project and id of a run, and its address or, offline, its folder."""
+    where = os.path.relpath(Path(run.dir).parent) if run.offline else run.url
+    return {"project": str(run.project), "id": str(run.id), "path": str(where)}
 
 
 class TrackedRun:
@@ -155,6 +166,13 @@ class TrackedRun:
     def alive(self) -> bool:
         """Whether anything that is logged arrives somewhere."""
         return self._run is not None
+
+    @property
+    def place(self) -> dict[str, str]:
+        """Where W&B has the run; empty where it has none."""
+        if not self.alive:
+            return {}
+        return self._safely("tell where the run is", lambda: wandb_place(self._run)) or {}
 
     def log(self, row: dict[str, Any]) -> None:
         """Adds one row; its `step` is the position on every curve."""

@@ -10,9 +10,11 @@ LAYERS = ["settings", "records", "pictures", "model", "data", "teachers", "train
 ALLOWED = {
     "model": {"settings", "pictures"},
     "data": {"settings", "data_settings", "records", "pictures", "files", "errors", "progress", "revisions", "model"},
-    "train": {"settings", "records", "files", "errors", "progress", "tracking", "model", "data", "teachers"},
-    "evaluate": {"settings", "records", "pictures", "files", "errors", "progress", "tracking", "model", "data"},
-}
+    "train": {"settings", "records", "files", "errors", "progress", "tracking", "machine", "model", "data",
+              "teachers"},
+    "evaluate": {"settings", "records", "pictures", "files", "errors", "progress", "tracking", "machine", "model",
+                 "data"},
+}  # fmt: skip
 HEAVY = {"prefect", "dvc", "great_expectations", "wandb", "gto", "deepspeed"}
 
 

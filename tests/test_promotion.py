@@ -1,13 +1,13 @@
 """Champion and challenger, in a real repository of git, DVC and GTO: who gets into production, and the way back."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from dvc.repo import Repo
+from dvc_project import git, make_project
 from typer.testing import CliRunner
 
 from haplovl.cli import app
@@ -17,7 +17,6 @@ from haplovl.promotion import get, in_stage, judge, promote, registered, rollbac
 from haplovl.publish import publish
 from haplovl.settings import load_params
 
-ROOT = Path(__file__).parents[1]
 DVC_YAML = """
 stages:
   train:
@@ -40,27 +39,10 @@ PER_KIND = 300
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    for name in [name for name in os.environ if name.startswith(("GIT_", "WANDB_", "DVC_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
-    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    root = tmp_path / "project"
-    root.mkdir()
-    monkeypatch.chdir(root)
-    git("init", "-q")
-    Repo.init(".")
-    Path("dvc.yaml").write_text(DVC_YAML)
-    Path("params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
-    Path(".gitignore").write_text("/models/\n/candidate/\n/reports/\n/runs/\n/got*/\n")
+    root = make_project(tmp_path, monkeypatch, DVC_YAML)
     git("add", "-A")
-    git("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start")
+    git("commit", "-qm", "start")
     return root
-
-
-def git(*arguments):
-    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def train(weights: str, **wrong: int) -> str:

@@ -1,6 +1,7 @@
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -69,17 +70,21 @@ def project(tmp_path, monkeypatch) -> Path:
     return root
 
 
-def test_only_the_lock_is_committed_and_other_changes_are_named(project, params, capsys):
+def test_only_lock_and_lineage_are_committed_and_other_changes_are_named(project, params, capsys):
     (project / "notes.txt").write_text("two\n")
     (project / "staged.txt").write_text("new\n")
     git("add", "staged.txt")
     result = publish(params)
     assert (result.version, result.new, result.committed) == ("v0.0.1", True, True)
-    assert git("show", "--name-only", "--format=", "HEAD") == "dvc.lock"
+    assert git("show", "--name-only", "--format=", "HEAD").split() == ["dvc.lock", "lineage.json"]
     assert git("diff", "--cached", "--name-only") == "staged.txt"
     assert sorted(result.dirty) == ["notes.txt", "staged.txt"]
     said = capsys.readouterr().out
-    assert "tree is dirty" in said and "notes.txt" in said and "committed dvc.lock, and only that" in said
+    assert (
+        "tree is dirty" in said
+        and "notes.txt" in said
+        and "committed dvc.lock and lineage.json, and nothing else" in said
+    )
     assert git("tag", "--list") == "haplovl@v0.0.1"
     assert git("rev-list", "-n", "1", "haplovl@v0.0.1") == git("rev-parse", "HEAD") == result.commit
 
@@ -97,6 +102,7 @@ def test_an_unchanged_candidate_makes_no_new_version_and_a_changed_one_does(proj
     write_candidate("a" * 32)
     back = publish(params)
     assert (back.version, back.new, back.committed) == ("v0.0.1", False, True)
+    assert git("show", "--name-only", "--format=", "HEAD") == "dvc.lock"
     assert git("tag", "--list").split() == ["haplovl@v0.0.1", "haplovl@v0.0.2"]
 
 
@@ -145,9 +151,12 @@ def test_wandb_offline_holds_the_artifact_and_writes_nothing_into_the_home_folde
     result = publish(params)
     run_folder = project / result.wandb
     assert run_folder.parent == project / "runs/wandb" and run_folder.name.startswith("offline-run-")
-    log = next(run_folder.glob("*.wandb")).read_bytes()
-    for fact in (b"candidate/candidate.json", b"model/model.safetensors", b"dvc_lock_sha256", result.commit.encode()):
-        assert fact in log
+    facts = (b"candidate/candidate.json", b"model/model.safetensors", b"dvc_lock_sha256", result.commit.encode())
+    log, deadline = next(run_folder.glob("*.wandb")), time.monotonic() + 30
+    # Offline, W&B's own process writes the end of its file after the run has finished here.
+    while not all(fact in log.read_bytes() for fact in facts):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert not [path for path in Path(os.environ["HOME"]).rglob("*") if path.is_file()]
     assert publish(params).wandb == result.wandb
 

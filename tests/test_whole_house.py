@@ -85,7 +85,7 @@ def test_the_flow_ends_with_a_summary_and_a_version(flow_clone):
     tags = run(["git", "tag"], root).stdout.split()
     assert len(tags) == 1 and tags[0].startswith("haplovl@")
     changed = run(["git", "show", "--stat", "--format=", "HEAD"], root).stdout
-    assert "dvc.lock" in changed and "1 file changed" in changed
+    assert "dvc.lock" in changed and "lineage.json" in changed and "2 files changed" in changed
     assert run(["git", "status", "--porcelain"], root).stdout == ""
     metrics = json.loads((root / "metrics/evaluation.json").read_text())
     assert set(metrics["types"]) == {"digit", "colour", "position", "count", "presence", "comparison"}
@@ -115,6 +115,19 @@ def test_a_second_flow_finds_everything_cached_and_makes_no_version(flow_clone):
     assert "0 stages run, 9 cached" in done.stdout
     assert all(re.search(rf"'?{name}'?.*Cached", done.stdout) for name in STAGES), done.stdout
     assert len(run(["git", "tag"], root).stdout.split()) == 1
+
+
+def test_a_stage_of_the_version_comes_out_again(flow_clone):
+    root, _ = flow_clone
+    done = run(["haplovl", "reproduce", "v0.0.1", "--stage", "validate", "--stage", "prepare"], root)
+    assert done.returncode == 0 and "6 of 6 outs are as recorded" in done.stdout, done.stdout[-4000:]
+    told = json.loads(run(["haplovl", "lineage", "v0.0.1", "--json"], root).stdout)
+    assert [place["world_size"] for name in ("stage1", "stage2") for place in told["training"][name]["places"]] == [
+        1,
+        1,
+    ]
+    assert set(told["wandb"]) == {"stage1", "stage2", "evaluate", "publish"} and told["missing"] == []
+    assert run(["git", "worktree", "list"], root).stdout.count("\n") == 1
 
 
 def test_an_edited_recipe_reruns_only_what_depends_on_it(flow_clone):

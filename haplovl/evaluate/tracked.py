@@ -13,11 +13,14 @@ from haplovl.data.media import Media
 from haplovl.evaluate.pages import PIXELATED_BELOW, THUMBNAIL_SIDE
 from haplovl.evaluate.predictions import Said, read_predictions
 from haplovl.evaluate.report import sample
-from haplovl.files import METRICS, RAW, REPORTS, read_json, sha256_of
+from haplovl.files import METRICS, RAW, REPORTS, RUNS, read_json, sha256_of, write_json
+from haplovl.machine import machine
 from haplovl.records import read_items
 from haplovl.settings import Params, fingerprint
 from haplovl.tracking import PROJECT, TrackedRun, code_version, description, grouping
 
+EVALUATIONS = RUNS / "evaluations"
+"""Where each evaluation ran, outside DVC's outs."""
 EXAMPLES = 200
 """Questions that are shown with their pictures: the same ones for every model, so that tables can be joined."""
 PREDICTIONS = 10_000
@@ -27,7 +30,10 @@ GAP = 4
 
 
 def log_evaluation(params: Params, root: Path = Path(".")) -> None:
-    """Shows the evaluation below `root` as a W&B run; whatever fails there is told once and changes nothing here."""
+    """Shows the evaluation below `root` as a W&B run, and notes where it ran.
+
+    Whatever fails in W&B is told once and changes nothing here.
+    """
     predictions = root / REPORTS / "evaluation" / "predictions.jsonl"
     metrics = read_json(root / METRICS / "evaluation.json")
     about = description(params, root)
@@ -37,8 +43,9 @@ def log_evaluation(params: Params, root: Path = Path(".")) -> None:
         "code": code_version(),
         "questions": {"asked": metrics["questions"], **metrics["data"]},
     }
-    key = f"evaluate-{fingerprint([about, sha256_of(predictions)])[:16]}"
+    key = evaluation_key(params, root)
     run = TrackedRun(PROJECT, key, config, grouping(params, "evaluate"), "the evaluation is complete without it")
+    write_json(EVALUATIONS / f"{key}.json", {"machine": machine(), "wandb": run.place})
     if run.alive:
         run.summarise(figures(metrics))
         rows = [item.data for item, _ in zip(read_items(predictions), range(PREDICTIONS), strict=False)]
@@ -48,6 +55,12 @@ def log_evaluation(params: Params, root: Path = Path(".")) -> None:
         media = Media(root / RAW)
         run.table("examples", columns, lambda wandb: [_example(wandb, said, media) for said in chosen])
     run.finish()
+
+
+def evaluation_key(params: Params, root: Path = Path(".")) -> str:
+    """What names the evaluation below `root` in W&B and in runs/evaluations/: hash of what it is of and came to."""
+    predictions = root / REPORTS / "evaluation" / "predictions.jsonl"
+    return f"evaluate-{fingerprint([description(params, root), sha256_of(predictions)])[:16]}"
 
 
 def figures(metrics: dict[str, Any]) -> dict[str, float]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from haplovl.errors import UserError
-from haplovl.files import RUNS, read_json, sha256_of, write_json
+from haplovl.files import RUNS, read_json, sha256_of, sha256_of_folder, write_json
 from haplovl.settings import fingerprint
 from haplovl.train.state import Pieces, restore, snapshot
 
@@ -200,12 +200,16 @@ class RunFolder:
             self.log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return rows
 
-    def finish(self) -> None:
-        """Marks the run as finished and keeps only the best of its checkpoints, and that only if it is not the last."""
+    def finish(self, result: Path) -> None:
+        """Marks the run as finished and keeps only the best of its checkpoints, and that only if it is not the last.
+
+        The mark holds the hash of the folder that came out: by it `haplovl publish` finds the run behind a model.
+        """
         self.finish_writing()
         barrier()
         if is_main():
-            write_json(self.path / FINISHED, {"identity": self.identity})
+            mark = {"identity": self.identity, "result_sha256": sha256_of_folder(result)}
+            write_json(self.path / FINISHED, mark)
             found = self.checkpoints()
             scored = [c for c in found if c.validation_loss is not None]
             best = min(scored, key=lambda c: c.validation_loss, default=None)

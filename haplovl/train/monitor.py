@@ -193,6 +193,7 @@ def monitor(
         return
     write_json(folder / RUN_FILE, config or {})
     run = TrackedRun(PROJECT, f"{stage}-{key[:16]}", config or {}, grouping)
+    write_json(folder / RUN_FILE, {**(config or {}), "wandb": run.place})
     try:
         start = len(watcher.rows)
         with reporter(stage, total, start) as report:

@@ -24,6 +24,7 @@ from haplovl.train.launch import EXIT_PREEMPTED, STOP_SIGNALS, adopt_slurm, laun
 from haplovl.train.monitor import Monitor, StepFigures, monitor
 from haplovl.train.objectives import Distillation
 from haplovl.train.optim import learning_rate, set_learning_rate
+from haplovl.train.places import places
 from haplovl.train.stage import OUTPUTS, Stage, build_stage, save_stage
 from haplovl.train.validation import Validation
 
@@ -58,7 +59,7 @@ def train_stage(name: str, params: Params, compute: ComputeProfile, resume_from:
         # A job's result waits beside its state: DVC may delete the stage's out before anybody asks for it.
         target = folder.result if compute.launcher == "slurm" else OUTPUTS[name]
         save_stage(stage, target, rows, params.model.connector == "text_head")
-        folder.finish()
+        folder.finish(target)
         barrier()
     finally:
         if dist.is_initialized():
@@ -86,7 +87,7 @@ def _run(
     stop, total = _StopSignals(), stage.settings.steps
     with monitor(
         stage.name, total, folder.path, folder.key, device, rank=dist.get_rank(), peak_tflops=compute.peak_tflops,
-        earlier=folder.keep_log(step), config=_description(stage, params, compute) if is_main() else {},
+        earlier=folder.keep_log(step), config=_description(stage, params, compute, folder, step) if is_main() else {},
         grouping=grouping(params, stage.name),
     ) as watch:  # fmt: skip
         ended = time.perf_counter()
@@ -124,7 +125,7 @@ def _run(
     return watch.rows
 
 
-def _description(stage: Stage, params: Params, compute: ComputeProfile) -> dict[str, Any]:
+def _description(stage: Stage, params: Params, compute: ComputeProfile, folder: RunFolder, step: int) -> dict[str, Any]:
     """What people and `haplovl compare` need to know about the run: settings, data, code and where it runs."""
     return {
         "stage": stage.name,
@@ -132,6 +133,7 @@ def _description(stage: Stage, params: Params, compute: ComputeProfile) -> dict[
         "initial_weights_sha256": stage.identity["initial weights"],
         "code": code_version(stage.identity["code"]),
         "compute": compute.model_dump(mode="json"),
+        "places": places(folder.path, step, compute),
     }
 
 

@@ -1,12 +1,11 @@
 """Versions of the data: pushed, pulled, gone back to, told apart, and known for every registered model."""
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from dvc_project import git, make_project
 from typer.testing import CliRunner
 
 from haplovl.cli import app
@@ -24,14 +23,6 @@ stages:
   register: {cmd: haplovl register, deps: [data/prepared], outs: [candidate]}
 """
 CACHE = Path(".dvc/cache")
-
-
-def git(*arguments):
-    done = subprocess.run(
-        ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def dvc():
@@ -80,21 +71,7 @@ NEW = [
 @pytest.fixture
 def empty(tmp_path, monkeypatch):
     """A repository without data."""
-    for name in [name for name in os.environ if name.startswith(("GIT_", "DVC_", "AWS_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
-    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
-    root = tmp_path / "project"
-    root.mkdir()
-    monkeypatch.chdir(root)
-    git("init", "-q")
-    from dvc.repo import Repo
-
-    Repo.init(".")
-    Path("dvc.yaml").write_text(DVC_YAML)
-    Path(".gitignore").write_text("/data/\n/candidate/\n/runs/\n")
-    return root
+    return make_project(tmp_path, monkeypatch, DVC_YAML)
 
 
 @pytest.fixture

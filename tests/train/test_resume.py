@@ -14,7 +14,7 @@ import yaml
 from run_state import being_written, complete
 from safetensors.torch import load_file
 
-from haplovl.files import sha256_of
+from haplovl.files import sha256_of, sha256_of_folder
 
 TRAIN = [sys.executable, "-m", "haplovl", "train", "stage1", "--compute"]
 DRILL = {"steps": 80, "precision": "fp32", "checkpoint_every": 2, "batch": {"rows": 4, "row_tokens": 96}}
@@ -54,6 +54,11 @@ def train(folder, profile="one", *more, stage="stage1"):
 
 def weights_of(folder):
     return sha256_of(folder / "models/stage1/model.safetensors")
+
+
+def places_of(folder):
+    """What the run in a folder noted of where it was trained."""
+    return json.loads(next(folder.glob("runs/training/*/run.json")).read_text())["places"]
 
 
 def kill_once(folder, profile, random, while_writing):
@@ -135,6 +140,11 @@ def test_another_number_of_ranks_and_zero_stage_goes_on(project, trained, tmp_pa
     assert done.returncode == 0 and "continuing after step 4" in done.stdout, done.stdout + done.stderr
     ours, theirs = (load_file(path / "models/stage1/model.safetensors") for path in (folder, straight))
     assert all(torch.allclose(ours[name], value, atol=1e-5) for name, value in theirs.items())
+    (place,) = places_of(folder)
+    assert (place["after_step"], place["world_size"], place["machine"]["threads"]) == (4, 2, 1)
+    assert place["compute"]["name"] == "three"
+    mark = json.loads(next(folder.glob("runs/training/*/finished.json")).read_text())
+    assert mark["result_sha256"] == sha256_of_folder(folder / "models/stage1")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +192,8 @@ def test_stop_signals_write_a_checkpoint_and_exit_85(project, trained, tmp_path,
         pytest.skip("the short run had ended before the signal came")
     assert process.returncode == 85 and "stopped by signal" in output, output
     done = train(folder, profile)
+    (place,) = places_of(folder)
+    assert (place["after_step"], place["world_size"]) == (0, 2 if profile == "two" else 1), "it goes on where it was"
     assert f"continuing after step {max(complete(folder), default=0) or ''}"[:22] in done.stdout
     assert done.returncode == 0, done.stdout + done.stderr
     if profile == "one":
