@@ -4,6 +4,7 @@
 # make serve      a Prefect server and worker for this checkout; make retrain  make pipeline, then promotion
 # make test       the fast tests;  make test-slow  drills that take minutes;  make test-harness  through lmms-eval
 # make audit      known vulnerabilities of the pinned packages;  make sbom  what is installed, as CycloneDX JSON
+# make infra-env  .venv-infra: SkyPilot, ParallelCluster and what checks infra/;  make test-infra  checks it
 # make eval-env   .venv-eval: lmms-eval, for published benchmarks; docs/benchmarks.md says how for GPUs
 PYTHON ?= python3
 VENV := .venv
@@ -13,6 +14,8 @@ SECURITY_READY := $(VENV)/.security
 EVAL_VENV := .venv-eval
 EVAL_BIN := $(EVAL_VENV)/bin
 EVAL_READY := $(EVAL_VENV)/.ready
+INFRA_VENV := .venv-infra
+INFRA_READY := $(INFRA_VENV)/.ready
 EVAL_TORCH ?= torch==2.13.0
 EXTRAS := train,data,pipeline,report,test
 # HAPLOVL_COMPUTE or COMPUTE=NAME picks a profile of infra/compute/.
@@ -20,7 +23,8 @@ COMPUTE ?= $(or $(HAPLOVL_COMPUTE),laptop)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: pipeline retrain serve drill compare ablations test test-slow test-harness lint audit sbom venv eval-env clean
+.PHONY: pipeline retrain serve drill compare ablations test test-slow test-harness test-infra lint audit sbom venv \
+	eval-env infra-env clean
 .DEFAULT_GOAL := pipeline
 
 pipeline: $(READY)
@@ -41,7 +45,7 @@ compare ablations: $(READY)
 	@$(BIN)/python -m flows.compare $@ $(if $(JOBS),--jobs $(JOBS))
 
 test: $(READY)
-	@$(BIN)/python -m pytest -m "not slow and not harness"
+	@$(BIN)/python -m pytest -m "not slow and not harness and not infra"
 	@echo "make test: all fast tests passed"
 
 test-slow: $(READY)
@@ -51,6 +55,10 @@ test-slow: $(READY)
 test-harness: $(READY) $(EVAL_READY)
 	@$(BIN)/python -m pytest -m harness
 	@echo "make test-harness: lmms-eval ran all eleven benchmarks"
+
+test-infra: $(READY) $(INFRA_READY)
+	@$(BIN)/python -m pytest -m infra
+	@echo "make test-infra: every file of infra/ fits its own tool's schema"
 
 lint: $(READY)
 	@$(BIN)/ruff check .
@@ -91,7 +99,15 @@ $(EVAL_READY): pyproject.toml constraints-eval.txt
 	@$(EVAL_BIN)/python -m pip install --quiet --no-deps -e .
 	@touch $@
 
+infra-env: $(INFRA_READY)
+
+$(INFRA_READY): constraints-infra.txt
+	@test -x $(INFRA_VENV)/bin/python || $(PYTHON) -m venv $(INFRA_VENV)
+	@echo "installing SkyPilot and ParallelCluster into $(INFRA_VENV) (minutes the first time) ..."
+	@$(INFRA_VENV)/bin/python -m pip install --quiet -r constraints-infra.txt
+	@touch $@
+
 # Removes what can be made again by anyone: not the data, the models or the training state.
 clean:
-	rm -rf $(VENV) $(EVAL_VENV) *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(EVAL_VENV) $(INFRA_VENV) *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

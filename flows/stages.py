@@ -20,8 +20,11 @@ from typing import Any
 
 from haplovl.errors import EXIT_AGAIN, UserError
 from haplovl.redaction import without_secrets
+from haplovl.settings import COMPUTE_FOLDER, ComputeProfile, load_compute
 from haplovl.train.launch import EXIT_PREEMPTED
 
+RENTABLE = ("stage1", "stage2")
+"""Stages that train; the others always run on the flow's machine."""
 TAIL_LINES = 20
 TAIL_BYTES = 64 * 1024
 INTERRUPT_SECONDS = 20
@@ -105,6 +108,10 @@ def run_stage(name: str, compute: str, on_line: Callable[[str], None]) -> tuple[
     live; otherwise every line goes to `on_line`.
     """
     venv_bin = str(Path(sys.executable).parent)
+    if name in RENTABLE and (profile := rented(compute)):
+        from flows.sky import run_on_rented_nodes
+
+        return run_on_rented_nodes(name, profile, on_line)
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([venv_bin, os.environ.get("PATH", "")]),
@@ -113,6 +120,14 @@ def run_stage(name: str, compute: str, on_line: Callable[[str], None]) -> tuple[
     }
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", name]
     return stream(command, environment, None if sys.stdout.isatty() else on_line)
+
+
+def rented(compute: str) -> ComputeProfile | None:
+    """The compute profile, if it has SkyPilot rent the nodes of training stages."""
+    if not (COMPUTE_FOLDER / f"{compute}.yaml").is_file():
+        return None  # A project without training needs no profiles.
+    profile = load_compute(compute)
+    return profile if profile.launcher == "sky" else None
 
 
 def may_help_again(last_lines: list[str]) -> bool:

@@ -105,6 +105,7 @@ def train(
     """Train one stage; a killed run continues from its last checkpoint."""
     # The teachers are whole by now: transformers' notes on loading (a CLIP's unused text tower) tell nothing new.
     only_errors_of_transformers()
+    from haplovl.errors import UserError
     from haplovl.settings import load_compute, load_params
 
     if overfit is not None:
@@ -120,6 +121,11 @@ def train(
 
         train_as_job(stage, load_params(), profile)
         return
+    if profile.launcher == "sky" and "RANK" not in os.environ:
+        raise UserError(
+            f"compute profile '{profile.name}' trains on rented nodes: 'make pipeline COMPUTE={profile.name}' launches "
+            "them; choose another profile to train on this machine"
+        )
     from haplovl.train.trainer import train_stage
 
     train_stage(stage, load_params(), profile, resume_from)

@@ -221,13 +221,27 @@ class SlurmSettings(Strict):
     """Further options of sbatch, such as `--qos=long` or `--exclusive`."""
 
 
+class SkySettings(Strict):
+    """How SkyPilot rents the nodes of a training stage; see infra/sky/README.md."""
+
+    task: str = "infra/sky/train.yaml"
+    """SkyPilot task: devices, storage, and what a node does."""
+    nodes: PositiveInt = 1
+    """Nodes that share the profile's processes evenly."""
+    state_bucket: str
+    """Bucket in which checkpoints outlive the nodes."""
+    secrets: list[str] = []
+    """Names of environment variables that go to the nodes as secrets, where they are set."""
+
+
 class ComputeProfile(Strict):
     """Where and how a job runs; never part of a result's identity."""
 
     name: str
-    launcher: Literal["local", "slurm"] = "local"
+    launcher: Literal["local", "slurm", "sky"] = "local"
     """Who starts the training stages' processes; everything else runs where the command runs."""
     slurm: SlurmSettings | None = None
+    sky: SkySettings | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     processes: PositiveInt = 1
     threads: PositiveInt | None = None
@@ -266,6 +280,14 @@ class ComputeProfile(Strict):
         least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage < least:
             raise ValueError(f"offload: {self.offload} needs zero_stage {least} or more, found {self.zero_stage}")
+        return self
+
+    @model_validator(mode="after")
+    def _sky_shares_the_processes(self) -> "ComputeProfile":
+        if (self.launcher == "sky") != (self.sky is not None):
+            raise ValueError("launcher: sky and a section sky need each other; infra/sky/README.md shows one")
+        if self.sky and self.processes % self.sky.nodes:
+            raise ValueError(f"sky.nodes: {self.sky.nodes} nodes cannot share {self.processes} processes evenly")
         return self
 
 

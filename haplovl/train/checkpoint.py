@@ -82,6 +82,7 @@ class RunFolder:
                 if Checkpoint.read(path) is None:
                     shutil.rmtree(path)
         barrier()
+        folder.path.mkdir(parents=True, exist_ok=True)  # a bucket shows no node the empty folder of another one
         return folder
 
     @classmethod
@@ -158,12 +159,21 @@ class RunFolder:
             if damaged:
                 raise UserError(f"the checkpoint {explicit} is damaged: {damaged}")
             return _load(engine, chosen, seed)
-        for checkpoint in self.checkpoints():
+        for checkpoint in self._seen_by_all():
             damaged = _damaged_file(checkpoint)
             if not damaged:
                 return _load(engine, checkpoint, seed)
             say(f"checkpoint {checkpoint.path} is damaged ({damaged}); trying the one before it")
         return 0
+
+    def _seen_by_all(self) -> list[Checkpoint]:
+        """Complete checkpoints that every rank sees, newest first: one node of a bucket may see them before another."""
+        found = self.checkpoints()
+        if _world() == 1:
+            return found
+        everywhere: list[Any] = [None] * _world()
+        dist.all_gather_object(everywhere, [checkpoint.step for checkpoint in found])
+        return [checkpoint for checkpoint in found if all(checkpoint.step in steps for steps in everywhere)]
 
     def _given(self, path: Path) -> Checkpoint:
         checkpoint = Checkpoint.read(path) if path.is_dir() else None
@@ -210,6 +220,7 @@ class RunFolder:
 
 def _write(target: Path, tensors: dict[str, torch.Tensor], marker: dict[str, Any]) -> None:
     """Writes one rank's file, then its marker; runs beside training."""
+    target.mkdir(exist_ok=True)
     path = target / marker["file"]
     save_file(tensors, path)
     write_json(path.with_suffix(".json"), {**marker, "sha256": sha256_of(path)})

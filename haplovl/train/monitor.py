@@ -100,7 +100,7 @@ class Monitor:
         for row in self.rows:  # a run that goes on judges as if it had never stopped
             self._spikes.add(row["loss"])
             self.watch.note(row)
-        self._log: Any = None
+        self._log: Path | None = None
         self._report: Reporter | None = None
         self._wandb: TrackedRun | None = None
 
@@ -154,8 +154,9 @@ class Monitor:
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._log is not None:
-            self._log.write(json.dumps(row) + "\n")
-            self._log.flush()
+            # Closed after every row: a mounted bucket keeps no more of a file than it had when it was last closed.
+            with self._log.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(row) + "\n")
         if self._wandb is not None:
             self._wandb.log(row)
         if self._report is not None:
@@ -195,8 +196,8 @@ def monitor(
     write_json(folder / RUN_FILE, {**(config or {}), "wandb": run.place})
     try:
         start = len(watcher.rows)
-        with reporter(stage, total, start) as report, (folder / "log.jsonl").open("a", encoding="utf-8") as log:
-            watcher._report, watcher._log, watcher._wandb = report, log, run
+        with reporter(stage, total, start) as report:
+            watcher._report, watcher._log, watcher._wandb = report, folder / "log.jsonl", run
             yield watcher
     finally:
         run.finish()
