@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import yaml
 from local_slurm import LocalSlurm, missing
@@ -95,6 +96,10 @@ class Client:
     def output(self):
         return self.file.read_text()
 
+    def send(self, number):
+        """A signal to the command itself, not to what put it into the namespaces."""
+        psutil.Process(self.process.pid).children()[0].send_signal(number)
+
     @property
     def job(self):
         return json.loads(next(self.folder.glob("runs/slurm/*.json")).read_text())["job"]
@@ -180,8 +185,7 @@ def test_a_cancelled_job_is_reported(cluster, copy):
 def test_a_stopped_command_takes_its_job_along_and_goes_on_later(cluster, copy, undisturbed):
     client = Client(cluster, copy)
     client.until_step(10)
-    client.process.send_signal(signal.SIGINT)
-    os.killpg(client.process.pid, signal.SIGINT)
+    client.send(signal.SIGINT)
     code, output = client.wait()
     assert code == 85, output
     assert "JobState=CANCELLED" in state_of(cluster, client.job)
@@ -217,7 +221,7 @@ def test_a_result_that_nobody_waited_for_is_fetched(cluster, copy, undisturbed):
 
 def kill(client):
     """Kills the waiting command as a machine's end would; the job lives on."""
-    subprocess.run(["pkill", "-KILL", "-f", "--", "haplovl train stage1 --compute job$"], check=True)
+    client.send(signal.SIGKILL)
     client.process.wait(10)
 
 
