@@ -65,7 +65,7 @@ def make_engine(
         "train_micro_batch_size_per_gpu": 1,  # counted in micro-batches: rows and their losses are our own affair
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": settings.optimizer.max_grad_norm,
-        "zero_optimization": _zero(max(compute.zero_stage, int(half)), compute),
+        "zero_optimization": _zero(max(compute.zero_stage, int(half)), compute, objective),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": half},
@@ -79,9 +79,14 @@ def make_engine(
         return deepspeed.initialize(model=objective, optimizer=optimizer, config=config)[0]
 
 
-def _zero(stage: int, compute: ComputeProfile) -> dict[str, Any]:
+MOST_BUCKET = 500_000_000
+"""DeepSpeed's own bucket, in elements. It is allocated whole: two gigabytes in every step, however small the model."""
+
+
+def _zero(stage: int, compute: ComputeProfile, objective: nn.Module) -> dict[str, Any]:
     """DeepSpeed's settings of a ZeRO stage."""
-    zero: dict[str, Any] = {"stage": stage}
+    bucket = min(MOST_BUCKET, sum(weight.numel() for weight in objective.parameters() if weight.requires_grad))
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     resting = {"device": "cpu", "pin_memory": compute.device == "cuda"}
     if compute.offload in ("optimizer", "all"):
         zero["offload_optimizer"] = resting

@@ -1,10 +1,10 @@
 """Memory of one device in training: what DeepSpeed holds at each ZeRO stage, beside the activations.
 
-Follows DeepSpeed 0.19 as `haplovl.train.engine` configures it (its buckets are the library's defaults). P trained
-weights over N processes in bf16, bytes per device: ZeRO 0 and 1 (the engine runs the former as the latter) hold 2 P of
-weights, (4 + 2) P of gradients (summed in float32, and as the backward pass leaves them) and 12 P/N of float32 weights
-and AdamW's two moments; ZeRO 2 splits the gradients, ZeRO 3 the weights as well. In fp32, ZeRO 0 is plain torch's
-4 P + 4 P + 8 P.
+Follows DeepSpeed 0.19 as `haplovl.train.engine` configures it (buckets of the library's default size, or of all trained
+weights where these are fewer). P trained weights over N processes in bf16, bytes per device: ZeRO 0 and 1 (the engine
+runs the former as the latter) hold 2 P of weights, (4 + 2) P of gradients (summed in float32, and as the backward pass
+leaves them) and 12 P/N of float32 weights and AdamW's two moments; ZeRO 2 splits the gradients, ZeRO 3 the weights as
+well. In fp32, ZeRO 0 is plain torch's 4 P + 4 P + 8 P.
 """
 
 from dataclasses import asdict, dataclass
@@ -85,7 +85,6 @@ def device_memory(
             "gradients": 4 * trained // n + (4 * trained if stage == 1 else 0),
             "optimizer": 12 * trained // n,
         }
-        bucket = BUCKET if compute.device == "cuda" else bucket  # a CPU's memory counts where it is written
         buffers = (6 if half else 4) * bucket  # gradients travel in float32, copied out of a bucket in bf16
         if stage == 2 and compute.offload == "none":
             state["gradients"] += size * trained // n  # as reduced, before they are added up in float32

@@ -18,7 +18,7 @@ from haplovl.files import sha256_of
 from haplovl.settings import ComputeProfile
 from haplovl.slurm import sbatch_options
 
-LONG = {"steps": 40, "precision": "fp32", "checkpoint_every": 5, "batch": {"rows": 4, "row_tokens": 96}}
+LONG = {"steps": 500, "precision": "fp32", "checkpoint_every": 20, "batch": {"rows": 4, "row_tokens": 96}}
 SHAPE = {"device": "cpu", "processes": 2, "threads": 1, "zero_stage": 1, "micro_batch_rows": 2}
 
 if reason := missing():
@@ -138,7 +138,7 @@ def test_a_job_on_two_nodes_gives_the_weights_of_two_local_ranks(cluster, copy, 
 
 def test_a_warned_job_saves_queues_again_and_ends(cluster, copy, undisturbed):
     client = Client(cluster, copy)
-    client.until_step(10)
+    client.until_step(20)
     cluster.run("scancel", "--signal=USR1", client.job, check=True)  # as Slurm does before a time limit
     code, output = client.wait()
     assert code == 0, output
@@ -150,7 +150,7 @@ def test_a_warned_job_saves_queues_again_and_ends(cluster, copy, undisturbed):
 @pytest.mark.slow
 def test_before_its_time_limit_a_job_is_warned(cluster, copy):
     params = yaml.safe_load((copy / "params.yaml").read_text())
-    params["stage1"].update(steps=1500, checkpoint_every=1000)
+    params["stage1"].update(steps=8000, checkpoint_every=4000)
     (copy / "params.yaml").write_text(yaml.safe_dump(params))
     client = Client(cluster, copy, "minute")
     client.until(lambda: "start 2" in client.output, seconds=150)
@@ -162,7 +162,7 @@ def test_before_its_time_limit_a_job_is_warned(cluster, copy):
 
 def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(cluster, copy, undisturbed):
     client = Client(cluster, copy)
-    client.until_step(10)
+    client.until_step(20)
     cluster.kill_node("gpu2")
     client.until(lambda: "JobState=RUNNING" not in state_of(cluster, client.job))
     cluster.revive("gpu2")
@@ -174,7 +174,7 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(cluster, copy, un
 
 def test_a_cancelled_job_is_reported(cluster, copy):
     client = Client(cluster, copy)
-    client.until_step(10)
+    client.until_step(20)
     cluster.run("scancel", client.job, check=True)
     code, output = client.wait()
     assert code == 1, output
@@ -184,7 +184,7 @@ def test_a_cancelled_job_is_reported(cluster, copy):
 
 def test_a_stopped_command_takes_its_job_along_and_goes_on_later(cluster, copy, undisturbed):
     client = Client(cluster, copy)
-    client.until_step(10)
+    client.until_step(20)
     client.send(signal.SIGINT)
     code, output = client.wait()
     assert code == 85, output
@@ -196,7 +196,7 @@ def test_a_stopped_command_takes_its_job_along_and_goes_on_later(cluster, copy, 
 
 def test_a_killed_command_finds_its_job_again(cluster, copy, undisturbed):
     client = Client(cluster, copy)
-    client.until_step(10)
+    client.until_step(20)
     before = jobs(cluster)
     kill(client)
     code, output = Client(cluster, copy).wait()
@@ -207,7 +207,7 @@ def test_a_killed_command_finds_its_job_again(cluster, copy, undisturbed):
 
 def test_a_result_that_nobody_waited_for_is_fetched(cluster, copy, undisturbed):
     client = Client(cluster, copy)
-    client.until_step(10)
+    client.until_step(20)
     before = jobs(cluster)
     kill(client)
     end = time.monotonic() + 120
