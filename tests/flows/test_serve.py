@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.request import Request, urlopen
 
+import psutil
 import pytest
 from sockets import listening, open_to_others
 
@@ -47,8 +49,8 @@ def free_port():
 
 
 @contextmanager
-def serving(root):
-    """Server and worker; yields a function that asks `prefect` about them, and the URL."""
+def serving(root, status=0):
+    """Server and worker; yields a function that asks `prefect` about them, and the port. They end with this status."""
     port = free_port()
     env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     command = [sys.executable, "-m", "flows.serve", "--port", str(port)]
@@ -76,7 +78,7 @@ def serving(root):
     finally:
         served.send_signal(signal.SIGINT)
         served.wait(60)
-    assert served.returncode == 0, said()
+    assert served.returncode == status, said()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
 
@@ -120,3 +122,43 @@ def test_the_end_of_serving_ends_the_stage_that_runs(project):
         os.kill(pid, 0)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.slow
+def test_a_run_whose_machine_died_is_marked_as_crashed_and_the_next_one_goes_on(project):
+    """The worker and its run are killed at once; the server, which stands for another machine, lives on."""
+    waits = "test -f again || { echo $$ > pid; exec sleep 300; };"
+    (project / "dvc.yaml").write_text(DVC_YAML.replace("sleep 2;", waits))
+    with serving(project, status=1) as (prefect, port):
+        prefect("deployment", "run", "haplovl-full/haplovl-full")
+        stage = psutil.Process(int(wait_until(lambda: (project / "pid").exists() and read(project / "pid"), 120)))
+        served = next(one for one in stage.parents() if "flows.serve" in " ".join(one.cmdline()))
+        worker = next(one for one in served.children() if "prefect worker start" in " ".join(one.cmdline()))
+        family = [worker, *worker.children(recursive=True)]
+        time.sleep(40)  # a heartbeat comes every half a minute, and the run must have shown one
+        served.suspend()  # it would end the server as well
+        try:
+            for process in family:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            wait_until(lambda: states(port) == ["CRASHED"], 240)
+        finally:
+            served.resume()
+    (project / "again").touch()
+    with serving(project) as (prefect, port):
+        prefect("deployment", "run", "haplovl-full/haplovl-full", "--watch")
+        assert states(port) == ["COMPLETED", "CRASHED"]
+    assert (project / "out.txt").read_text() == "first\n"
+
+
+def read(path):
+    return path.read_text().strip()
+
+
+def states(port):
+    """The types of all flow runs' states."""
+    request = Request(
+        f"http://127.0.0.1:{port}/api/flow_runs/filter", data=b"{}", headers={"Content-Type": "application/json"}
+    )
+    with urlopen(request, timeout=10) as answer:
+        return sorted(run["state_type"] for run in json.load(answer))
