@@ -78,7 +78,7 @@ def worktree(name: str, commit: str) -> Iterator[Worktree]:
     top = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=FOLDER.absolute()))
     tree = Worktree(top, top / git("rev-parse", "--show-prefix").strip())
     try:
-        with _ended_by_sigterm():
+        with _ended_by_signals():
             _check_out(top, commit)
             _share_dvc(tree.project)
             _give_command(tree)
@@ -154,14 +154,19 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Lets SIGTERM end the block as Ctrl-C does, so that it is cleaned up after."""
+def _ended_by_signals() -> Iterator[None]:
+    """Lets SIGTERM and Ctrl-C end the block by an exception, so that it is cleaned up after.
+
+    Shells start background jobs with Ctrl-C ignored, and Python keeps it so.
+    """
 
     def end(number: int, _: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    wanted = {signal.SIGTERM: end, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
