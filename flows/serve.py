@@ -26,7 +26,7 @@ HOST = "127.0.0.1"
 HOME = Path("runs/prefect-server")
 HEARTBEAT_SECONDS = 30
 SILENT_SECONDS = 3 * HEARTBEAT_SECONDS
-ZOMBIES = "haplovl: mark silent runs as crashed"
+ZOMBIES = f"haplovl: mark runs that are silent for {SILENT_SECONDS} s as crashed"
 START_SECONDS = 180.0
 END_SECONDS = 20
 PREFECT = [sys.executable, "-m", "prefect"]
@@ -62,7 +62,11 @@ def end(pid: int) -> None:
         parent = psutil.Process(pid)
     except psutil.NoSuchProcess:
         return
-    family = [parent, *parent.children(recursive=True)]
+    end_all([parent, *parent.children(recursive=True)])
+
+
+def end_all(family: list[psutil.Process]) -> None:
+    """Ends processes: asks first, and kills those that are still there after a while."""
     for send in (psutil.Process.terminate, psutil.Process.kill):
         for process in family:
             with suppress(psutil.NoSuchProcess):
@@ -89,7 +93,7 @@ def wait_for(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
 
 
 def set_up(env: dict[str, str]) -> None:
-    """The work pool, the deployments of prefect.yaml and the automation; as often as one likes.
+    """The work pool, the deployments of prefect.yaml, the automation, and runs of a worker that is no more.
 
     Raises:
         UserError: Prefect refuses.
@@ -98,15 +102,43 @@ def set_up(env: dict[str, str]) -> None:
     # One checkout, one DVC lock: whatever is deployed, one run at a time.
     _prefect(env, "work-pool", "set-concurrency-limit", POOL, "1")
     _prefect(env, "--no-prompt", "deploy", "--all")
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.serve", "--automations"], env=env, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "flows.serve", "--settle"], env=env, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"the automation could not be made: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"the server could not be set up: {done.stderr.strip().splitlines()[-1]}")
+    print(done.stdout, end="", flush=True)
 
 
-def make_automations() -> None:
-    """Creates the automation for silent runs anew; in a process of its own, as Prefect reads its URL when imported."""
+def settle() -> None:
+    """What needs Prefect's client; in a process of its own, as Prefect reads its URL when it is imported."""
+    mark_lost_runs()
+    make_automation()
+
+
+def mark_lost_runs() -> None:
+    """Marks runs as crashed that were under way when the pool's last worker died.
+
+    No worker runs yet, so nobody works on them. Left as they are, they would hold the pool's only place.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas import filters
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Crashed
+
+    under_way = filters.FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
+    state = filters.FlowRunFilterState(type=under_way)
+    pool = filters.WorkPoolFilter(name=filters.WorkPoolFilterName(any_=[POOL]))
+    with get_client(sync_client=True) as client:
+        lost = client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(state=state), work_pool_filter=pool)
+        parents = filters.FlowRunFilterParentFlowRunId(any_=[run.id for run in lost])
+        inner = filters.FlowRunFilter(state=state, parent_flow_run_id=parents)
+        within = client.read_flow_runs(flow_run_filter=inner) if lost else []
+        for run in [*within, *lost]:
+            client.set_flow_run_state(run.id, Crashed(message="its worker died; run it again to go on"))
+            print(f"marked  run {run.name} as crashed: its worker died")
+
+
+def make_automation() -> None:
+    """Creates the automation for silent runs, once: a new one would know nothing of runs that are silent already."""
     from prefect.automations import Automation
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
@@ -114,13 +146,14 @@ def make_automations() -> None:
     from prefect.events.schemas.events import ResourceSpecification
 
     with suppress(ValueError):  # there is none yet
-        Automation.read(name=ZOMBIES).delete()
+        Automation.read(name=ZOMBIES)
+        return
     heartbeat = "prefect.flow-run.heartbeat"
     ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
     Automation(
         name=ZOMBIES,
         trigger=EventTrigger(
-            after={heartbeat},
+            after={heartbeat, "prefect.flow-run.Running"},  # a run may die before its first sign of life
             expect={heartbeat, *ends},
             match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
             for_each={"prefect.resource.id"},
@@ -178,7 +211,12 @@ def serve(port: int) -> None:
             "Ctrl-C ends server, worker and what they run",
             flush=True,
         )
+        below: list[psutil.Process] = []
+        stack.callback(lambda: end_all(below))
         while True:
+            # A worker that is killed leaves its run behind, which has no parent then by which to find it.
+            with suppress(psutil.NoSuchProcess):
+                below[:] = psutil.Process(worker.pid).children(recursive=True) or below
             for process, name, log in ((server, "server", server_log), (worker, "worker", worker_log)):
                 if process.poll() is not None:
                     raise UserError(f"the {name} ended; {log} ends with:\n{tail(log)}")
@@ -189,10 +227,10 @@ def main() -> None:
     """Parses the command line and serves."""
     parser = argparse.ArgumentParser(prog="python -m flows.serve", description="Server and worker on this machine.")
     parser.add_argument("--port", type=int, default=4200)
-    parser.add_argument("--automations", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--settle", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.automations:
-        make_automations()
+    if arguments.settle:
+        settle()
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -111,7 +111,7 @@ def test_deployments_run_here_one_at_a_time_and_new_data_starts_the_second(proje
         pool = json.loads(prefect("work-pool", "inspect", "haplovl", "--output", "json"))
         assert pool["concurrency_limit"] == 1
         assert "nightly" in prefect("deployment", "inspect", "haplovl-retrain/haplovl-retrain")
-        assert "mark silent runs as crashed" in prefect("automation", "ls")
+        assert "silent for 90 s as crashed" in prefect("automation", "ls")
 
 
 def test_the_end_of_serving_ends_the_stage_that_runs(project):
