@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 # Prefect reads its settings when it is imported. A server of the user's own (PREFECT_API_URL) is used as it is.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -28,11 +28,17 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
+from pydantic import Field
 
 from flows.stages import Project, may_help_again, run_stage
 from haplovl.errors import UserError
 from haplovl.files import METRICS, REPORTS, RUNS, read_json
+from haplovl.settings import COMPUTE_FOLDER
 
+PROFILES = sorted(path.stem for path in COMPUTE_FOLDER.glob("*.yaml"))
+Compute = Annotated[str, Field(json_schema_extra={"enum": PROFILES} if PROFILES else None)]
+"""A compute profile. Prefect's UI offers, and its server takes, those that there were at deployment."""
+Place = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
 REGISTER_STAGE = "register"
 REPORT = REPORTS / "evaluation" / "index.html"
 PUBLISHED = RUNS / "published.json"
@@ -84,7 +90,7 @@ def publish_candidate() -> State:
 
 
 @flow(name="haplovl-full", persist_result=False)
-def haplovl_full(compute: str = "laptop") -> State:
+def haplovl_full(compute: Compute = "laptop") -> State:
     """Runs every stage of dvc.yaml that changed, then publishes the candidate.
 
     Args:
@@ -155,7 +161,7 @@ def promote_challenger(stage: str) -> State:
 
 
 @flow(name="haplovl-retrain", persist_result=False)
-def haplovl_retrain(compute: str = "laptop", stage: str = "prod") -> State:
+def haplovl_retrain(compute: Compute = "laptop", stage: Place = "prod") -> State:
     """As haplovl-full, then the new version takes the production model's place unless it is worse.
 
     Where nothing changed since the last run, every stage is cached and nothing is trained.

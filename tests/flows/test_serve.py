@@ -35,6 +35,9 @@ def project(tmp_path):
     (root / "source.txt").write_text("first\n")
     (root / ".gitignore").write_text("/runs/\n/out.txt\n/compute.txt\n/flows/\n")
     shutil.copy(ROOT / "prefect.yaml", root)
+    (root / "infra/compute").mkdir(parents=True)
+    for name in ("elsewhere", "laptop"):
+        (root / f"infra/compute/{name}.yaml").touch()
     shutil.copytree(ROOT / "flows", root / "flows", ignore=shutil.ignore_patterns("__pycache__"))
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"], ["git", "add", "-A"]):
         subprocess.run(command, cwd=root, check=True)
@@ -100,6 +103,8 @@ def test_deployments_run_here_one_at_a_time_and_new_data_starts_the_second(proje
                 with pytest.raises(OSError):
                     socket.create_connection((host, port), timeout=2)
 
+        with pytest.raises(AssertionError, match="nowhere"):
+            prefect("deployment", "run", "haplovl-full/haplovl-full", "-p", "compute=nowhere")
         prefect("deployment", "run", "haplovl-full/haplovl-full", "-p", "compute=elsewhere", "--watch")
         assert (project / "out.txt").read_text() == "first\n"
         assert (project / "compute.txt").read_text() == "elsewhere\n"
