@@ -1,6 +1,6 @@
 """What Prefect costs beside plain DVC, how fast an event becomes a run, and how many faults are survived.
 
-    python benchmarks/orchestration.py [--json FILE] [--full] [--pairs N] [--no-drill]
+    python benchmarks/orchestration.py [--json FILE] [--full] [--pairs N] [--drills FILE]
 
 Flow and `dvc repro` run in turns, each on a copy of one project with nothing trained yet: the small recipe of the
 drills, or with --full the committed one (half an hour each on two cores). A cached flow is taken apart: Prefect's own
@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from drill import DRILLS, PORT, drill, show, undisturbed
+from drill import DRILLS, PORT, Outcome, drill, show, undisturbed
 from drill_project import Project, Server, end, make_project, until
 from rich.console import Console
 from rich.table import Table
@@ -91,15 +91,19 @@ def event_to_running(base: Project, repeats: int = 3) -> dict[str, Any]:
     return {"event_to_running_all_s": found, "event_to_running_s": statistics.median(found)}
 
 
-def faults(base: Project) -> dict[str, Any]:
-    """All drills: survived over injected, and the median of the times to resume."""
-    outcomes = [drill(base, name) for name in DRILLS]
+def faults(base: Project, earlier: Path | None) -> dict[str, Any]:
+    """All drills, or those of an earlier call: survived over injected, and the median of the times to resume."""
+    if earlier:
+        outcomes = [Outcome(**told) for told in json.loads(earlier.read_text())]
+    else:
+        outcomes = [drill(base, name) for name in DRILLS]
     show(outcomes)
     run = [outcome for outcome in outcomes if outcome.survived is not None]
     resumed = [outcome.seconds_to_resume for outcome in run if outcome.survived and outcome.seconds_to_resume]
     killed = {outcome.fault: outcome.seconds_to_resume for outcome in run}
+    survived = sum(bool(outcome.survived) for outcome in run)
     return {"drills": [asdict(outcome) for outcome in outcomes], "faults_injected": len(run),
-            "faults_survived": sum(bool(outcome.survived) for outcome in run),
+            "faults_survived": survived / len(run) if run else None,
             "kill_to_resumed_s": killed.get("machine_dies"),
             "resumed_median_s": statistics.median(resumed) if resumed else None}  # fmt: skip
 
@@ -110,7 +114,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--full", action="store_true", help="compare flow and dvc repro on the committed recipe, too")
     parser.add_argument("--pairs", type=int, default=2, help="of flow and dvc repro")
-    parser.add_argument("--no-drill", action="store_true", help="leave the faults out")
+    parser.add_argument(
+        "--drills", type=Path, metavar="FILE", help="take what drill.py --json wrote; default: drill now"
+    )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="orchestration-"))
     base = undisturbed(folder)
@@ -119,7 +125,7 @@ def main() -> None:
         **against_dvc(base, options.pairs),
         **when_cached(base),
         **event_to_running(base),
-        **({} if options.no_drill else faults(base)),
+        **faults(base, options.drills),
     }
     if options.full:
         project = make_project(folder / "full", {})

@@ -1,5 +1,6 @@
 """Tiny models around every kind of language model, a packed batch for them, and projects to train in."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_as_before():
+    """What trains in the tests' own process names a rank in its environment, which later commands must not inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
