@@ -149,6 +149,7 @@ def test_a_run_whose_machine_died_is_marked_as_crashed_and_the_next_one_goes_on(
             wait_until(lambda: states(port) == ["CRASHED"], 240)
         finally:
             served.resume()
+        wait_until(lambda: served.status() == psutil.STATUS_ZOMBIE, 60)  # it has noticed, too
     (project / "again").touch()
     with serving(project) as (prefect, port):
         prefect("deployment", "run", "haplovl-full/haplovl-full", "--watch")
