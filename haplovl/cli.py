@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -287,19 +287,27 @@ def preset(name: Annotated[str | None, typer.Argument(help="A file of params/, w
     print("\n".join(list_presets()) if name is None else use_preset(name))
 
 
+def _end(message: str, again: bool) -> NoReturn:
+    """Prints the message and exits with 1, or with the status that asks for another try."""
+    from haplovl.errors import EXIT_AGAIN
+
+    if not again:
+        sys.exit(message)
+    print(message, file=sys.stderr)
+    sys.exit(EXIT_AGAIN)
+
+
 def main() -> None:
     """Runs the command; an error meant for the user ends it with one sentence and exit code 1 (75: try again)."""
-    from haplovl.errors import EXIT_AGAIN, TemporaryError, UserError, is_temporary, printable
+    from haplovl.errors import TemporaryError, UserError, is_temporary, printable
     from haplovl.redaction import without_secrets
 
     try:
         app()
     except UserError as error:
-        print(f"error: {without_secrets(printable(str(error)))}", file=sys.stderr)
-        sys.exit(EXIT_AGAIN if isinstance(error, TemporaryError) else 1)
+        _end(f"error: {without_secrets(printable(str(error)))}", again=isinstance(error, TemporaryError))
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
-            print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
-            sys.exit(EXIT_AGAIN if is_temporary(error) else 1)
+            _end(f"error: {error.strerror}: {error.filename or 'while writing'}", again=is_temporary(error))
         # An error that nobody foresaw may name a remote with its password.
         sys.exit(without_secrets(traceback.format_exc().rstrip()))

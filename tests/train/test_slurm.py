@@ -56,11 +56,12 @@ def project(make_project, vision, language, processor, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(project, tmp_path_factory):
-    """Stage 1's weights after two ranks on this machine."""
+    """The weights of both stages after two ranks on this machine."""
     folder = copy_of(project, tmp_path_factory.mktemp("local") / "project")
-    done = subprocess.run(train("local"), cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return weights_of(folder)
+    for stage in ("stage1", "stage2"):
+        done = subprocess.run(train("local", stage), cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return weights_of(folder), weights_of(folder, "stage2")
 
 
 def copy_of(project, target):
@@ -72,8 +73,8 @@ def train(profile, stage="stage1"):
     return [sys.executable, "-m", "haplovl", "train", stage, "--compute", profile]
 
 
-def weights_of(folder):
-    return sha256_of(folder / "models/stage1/model.safetensors")
+def weights_of(folder, stage="stage1"):
+    return sha256_of(folder / "models" / stage / "model.safetensors")
 
 
 @pytest.fixture
@@ -84,12 +85,12 @@ def copy(project, tmp_path):
 class Client:
     """`haplovl train` inside the cluster's namespaces, its output in a file."""
 
-    def __init__(self, cluster, folder, profile="job"):
+    def __init__(self, cluster, folder, profile="job", stage="stage1"):
         self.cluster, self.folder, self.file = cluster, folder, folder / "client.log"
         with self.file.open("ab") as output:
             self.process = subprocess.Popen(
-                cluster.command(*train(profile), folder=folder), env=cluster.environment, stdout=output, stderr=output,
-                start_new_session=True,
+                cluster.command(*train(profile, stage), folder=folder), env=cluster.environment, stdout=output,
+                stderr=output, start_new_session=True,
             )  # fmt: skip
 
     @property
@@ -131,8 +132,11 @@ def jobs(cluster):
 def test_a_job_on_two_nodes_gives_the_weights_of_two_local_ranks(cluster, copy, undisturbed):
     code, output = Client(cluster, copy).wait()
     assert code == 0, output
-    assert weights_of(copy) == undisturbed
+    assert weights_of(copy) == undisturbed[0]
     assert "on gpu[1-2], start 1" in output and "stage1: loss" in output
+    code, output = Client(cluster, copy, stage="stage2").wait()
+    assert code == 0, output
+    assert weights_of(copy, "stage2") == undisturbed[1]
     assert not list(copy.glob("runs/training/*/result"))
 
 
@@ -144,7 +148,7 @@ def test_a_warned_job_saves_queues_again_and_ends(cluster, copy, undisturbed):
     assert code == 0, output
     assert "stopped by signal after step" in output and "queueing again" in output
     assert "start 2" in output and "continuing after step" in output
-    assert weights_of(copy) == undisturbed
+    assert weights_of(copy) == undisturbed[0]
 
 
 @pytest.mark.slow
@@ -169,7 +173,7 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(cluster, copy, un
     code, output = client.wait()
     assert code == 0, output
     assert "start 2" in output and "continuing after step" in output
-    assert weights_of(copy) == undisturbed
+    assert weights_of(copy) == undisturbed[0]
 
 
 def test_a_cancelled_job_is_reported(cluster, copy):
@@ -191,7 +195,7 @@ def test_a_stopped_command_takes_its_job_along_and_goes_on_later(cluster, copy, 
     assert "JobState=CANCELLED" in state_of(cluster, client.job)
     code, output = Client(cluster, copy).wait()
     assert code == 0, output
-    assert "continuing after step" in output and weights_of(copy) == undisturbed
+    assert "continuing after step" in output and weights_of(copy) == undisturbed[0]
 
 
 def test_a_killed_command_finds_its_job_again(cluster, copy, undisturbed):
@@ -202,7 +206,7 @@ def test_a_killed_command_finds_its_job_again(cluster, copy, undisturbed):
     code, output = Client(cluster, copy).wait()
     assert code == 0, output
     assert f"following job {client.job}, which is running already" in output
-    assert jobs(cluster) == before and weights_of(copy) == undisturbed
+    assert jobs(cluster) == before and weights_of(copy) == undisturbed[0]
 
 
 def test_a_result_that_nobody_waited_for_is_fetched(cluster, copy, undisturbed):
@@ -216,7 +220,7 @@ def test_a_result_that_nobody_waited_for_is_fetched(cluster, copy, undisturbed):
         time.sleep(0.2)
     code, output = Client(cluster, copy).wait()
     assert code == 0, output
-    assert jobs(cluster) == before and weights_of(copy) == undisturbed
+    assert jobs(cluster) == before and weights_of(copy) == undisturbed[0]
 
 
 def kill(client):
