@@ -98,7 +98,7 @@ def test_a_stage_that_was_stopped_is_tried_again(project, tmp_path):
     (copy / "middle.sh").write_text(f"test -f tried || {{ touch tried; exit 85; }}\n{PASSES}")
     done = run_flow(copy)
     assert done.returncode == 0, done.stdout
-    assert "'AwaitingRetry'" in done.stdout
+    assert "Retry 1/3 will start" in done.stdout
     assert (copy / "last.txt").is_file()
 
 
