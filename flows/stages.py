@@ -8,17 +8,17 @@ import pty
 import re
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import termios
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from haplovl.errors import EXIT_AGAIN, UserError
+from haplovl.processes import end_group
 from haplovl.redaction import without_secrets
 from haplovl.settings import COMPUTE_FOLDER, ComputeProfile, load_compute
 from haplovl.train.launch import EXIT_PREEMPTED
@@ -27,8 +27,6 @@ RENTABLE = ("stage1", "stage2")
 """Stages that train; the others always run on the flow's machine."""
 TAIL_LINES = 20
 TAIL_BYTES = 64 * 1024
-INTERRUPT_SECONDS = 20
-"""How long an interrupted stage may take to write its checkpoint before it is killed."""
 
 _AGAIN = re.compile(rf"exited with ({EXIT_AGAIN}|{EXIT_PREEMPTED})\b|Unable to acquire lock")
 """What DVC says of a stage that a temporary fault or a stop signal ended, or while another of its processes works."""
@@ -186,7 +184,7 @@ def _child(
     try:
         yield process, source
     except BaseException:
-        _end_group(process)
+        end_group(process)
         raise
     finally:
         _running.discard(process)
@@ -216,18 +214,7 @@ def _chunks(process: subprocess.Popen[bytes], source: int) -> Iterator[bytes]:
 def end_all() -> None:
     """Ends the commands of all threads, as an interruption of each would."""
     for process in list(_running):
-        _end_group(process)
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Interrupts the command as Ctrl-C would, then kills what is left of its process group."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGINT)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(INTERRUPT_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        end_group(process)
 
 
 def _plain(line: bytes) -> str:

@@ -6,19 +6,17 @@ again after its process or machine died, finds the job that still runs, or the r
 
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from haplovl.errors import UserError
 from haplovl.files import RUNS, read_json, write_json
 from haplovl.settings import ComputeProfile, Params, StageSettings
 from haplovl.train.checkpoint import RunFolder
-from haplovl.train.launch import EXIT_PREEMPTED, STOP_SIGNALS
+from haplovl.train.launch import EXIT_PREEMPTED, StopSignals
 from haplovl.train.stage import OUTPUTS, stage_identity
 from haplovl.train.trainer import train_stage
 
@@ -103,7 +101,7 @@ class Job:
         while time.monotonic() < until and (state := self.state()) and state.active:
             time.sleep(0.5)
 
-    def follow(self, stop: "StopSignals") -> JobState:
+    def follow(self, stop: StopSignals) -> JobState:
         """Prints the job's log as it grows, until the job is over.
 
         Raises:
@@ -138,18 +136,6 @@ class Job:
             sys.stdout.write(file.read().decode(errors="replace"))
             sys.stdout.flush()
             return file.tell()
-
-
-class StopSignals:
-    """Remembers that the command was told to stop: the job must not outlive it."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._ask)
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
 
 
 def sbatch_options(compute: ComputeProfile) -> list[str]:

@@ -7,20 +7,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from haplovl.errors import UserError
 from haplovl.files import RUNS
+from haplovl.processes import end_group
 from haplovl.revisions import git
 
 FOLDER = RUNS / "reproduce"
 COMMANDS = RUNS / "bin"
 """Where a worktree has its command `haplovl`, out of git's and DVC's sight."""
-INTERRUPT_SECONDS = 20
-"""How long an interrupted command may take to end before it is killed."""
 SHIM = """#!/bin/sh
 exec "{python}" -m haplovl "$@"
 """
@@ -47,7 +46,7 @@ class Worktree:
         try:
             return process.wait()
         except BaseException:
-            _end(process)
+            end_group(process)
             raise
 
     def environment(self) -> dict[str, str]:
@@ -140,17 +139,6 @@ def _give_command(tree: Worktree) -> None:
     if Path(done.stdout.strip() or ".").resolve() != (tree.project / "haplovl").resolve():
         where = done.stdout.strip() or done.stderr.strip()
         raise UserError(f"'haplovl' in the worktree would be that of {where}, not the version's own")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupts the command as Ctrl-C would, then kills what is left of its process group."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGINT)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(INTERRUPT_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @contextmanager

@@ -22,6 +22,18 @@ to the whole network."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+class StopSignals:
+    """Remembers SIGTERM, SIGUSR1 and Ctrl-C, so that what is in progress can end in order."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+
 def launch(arguments: list[str], processes: int) -> NoReturn:
     """Runs `haplovl` with these arguments as ranks 0 … processes − 1 and exits as they do.
 

@@ -10,10 +10,9 @@ well. In fp32, ZeRO 0 is plain torch's 4 P + 4 P + 8 P.
 from dataclasses import asdict, dataclass
 
 from haplovl.settings import ComputeProfile
+from haplovl.train.engine import MOST_BUCKET
 from haplovl.train.meta_run import Footprint
 
-BUCKET = 500_000_000
-"""Elements that are reduced at once (reduce_bucket_size)."""
 LIVE = 1_000_000_000
 """Most elements of gathered weights that ZeRO 3 keeps (stage3_max_live_parameters)."""
 
@@ -70,7 +69,7 @@ def device_memory(
     half, stage, n = precision == "bf16", compute.zero_stage, compute.processes
     size = 2 if half else 4
     trained, every = holdings.trained, holdings.trained + holdings.frozen
-    bucket = min(BUCKET, trained)
+    bucket = min(MOST_BUCKET, trained)
     if stage == 0 and not half:
         state = {"weights": 4 * every, "gradients": 4 * trained, "optimizer": 8 * trained}
         buffers = 4 * bucket
@@ -78,7 +77,7 @@ def device_memory(
         # DeepSpeed's BF16_Optimizer (ZeRO 1), which also serves ZeRO 0.
         state = {"weights": 2 * every, "gradients": 6 * trained, "optimizer": 12 * trained // n}
         # What fits a bucket is put together in one before it travels.
-        buffers = 4 * trained if trained <= BUCKET else 0
+        buffers = 4 * trained if trained <= MOST_BUCKET else 0
     else:
         state = {
             "weights": size * every // (n if stage == 3 else 1),

@@ -1,7 +1,6 @@
 """Trains one stage: builds model, objective, data and engine, then steps, logs and checkpoints until done."""
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from haplovl.train.checkpoint import RunFolder, barrier, is_main, say
 from haplovl.train.engine import DTYPES, accumulate, global_counts, make_engine, reduce_sum, start_distributed, update
 from haplovl.train.flops import Work
 from haplovl.train.image_path import attention_to_images, patch_gradient
-from haplovl.train.launch import EXIT_PREEMPTED, STOP_SIGNALS, adopt_slurm, launch
+from haplovl.train.launch import EXIT_PREEMPTED, StopSignals, adopt_slurm, launch
 from haplovl.train.monitor import Monitor, StepFigures, monitor
 from haplovl.train.objectives import Distillation
 from haplovl.train.optim import learning_rate, set_learning_rate
@@ -84,7 +83,7 @@ def _run(
     engine = make_engine(stage.objective, stage.settings, compute, loader.micro_batches)
     step = folder.resume(engine, seed, resume_from)
     say(f"{stage.name}: {'continuing after step ' + str(step) if step else 'starting'}, state in {folder.path}")
-    stop, total = _StopSignals(), stage.settings.steps
+    stop, total = StopSignals(), stage.settings.steps
     with monitor(
         stage.name, total, folder.path, folder.key, device, rank=dist.get_rank(), peak_tflops=compute.peak_tflops,
         earlier=folder.keep_log(step), config=_description(stage, params, compute, folder, step) if is_main() else {},
@@ -205,15 +204,3 @@ def _not_finite(
         f"the state before it in {folder.path}/step-{step}: look at the records, or lower "
         f"{stage.name}.optimizer.learning_rate"
     )
-
-
-class _StopSignals:
-    """Remembers SIGTERM, SIGUSR1 and Ctrl-C, so that the step in progress can end and be saved."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._ask)
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
