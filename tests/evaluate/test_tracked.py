@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,9 @@ log_evaluation(params)
 """
 
 
+LOSSES = [(1, 8.5), (2, 4.75), (3, 5.5), (4, 4.875), (5, 4.5)]
+
+
 def project(folder: Path, seed: int, accuracy: float) -> Path:
     """A folder with what an evaluation leaves, its pictures too."""
     rows = predictions(accuracy, seed)
@@ -71,22 +75,29 @@ def folders(tmp_path_factory) -> list[Path]:
 
 
 def offline(folder: Path, job: str) -> list[Path]:
-    return sorted((folder / "runs/wandb").glob(f"offline-run-*-{job}-*"))
+    return sorted((folder / "runs/wandb").glob(f"offline-run-*-{job}-*"))  # …-1 of the same second sorts after
 
 
 def test_a_training_is_described_grouped_and_whole_after_going_on(folders) -> None:
     parts = offline(folders[0], "stage2")
     assert len(parts) == 2
     run = read_offline_run(parts[-1])
-    assert [(row["step"], row["loss"]) for row in run.rows] == [
-        (1, 8.5), (2, 4.75), (3, 5.5), (4, 4.875), (5, 4.5),
-    ]  # fmt: skip
+    assert [(row["step"], row["loss"]) for row in run.rows] == LOSSES
     assert run.config["recipe"] == "tracked" and run.config["code"]["sha256"] == "c0de"
     assert run.config["params"]["stage1"]["steps"] == 200
     assert [row["step"] for row in read_offline_run(parts[0]).rows] == [1, 2, 3]
     told = parts[-1].joinpath(next(parts[-1].glob("*.wandb"))).read_bytes()
     assert b"recipe-tracked" in told and b"tracked-stage2-seed-1" in told and b"seed-1" in told
     assert json.loads((folders[0] / "state-3/run.json").read_text())["recipe"] == "tracked"
+
+
+def test_parts_of_one_second_are_read_in_their_order(folders, tmp_path) -> None:
+    """W&B names the folder of a second start in the same second with a number at its end."""
+    first, second = offline(folders[0], "stage2")
+    copied = shutil.copytree(first, tmp_path / "offline-run-20261128_071154-stage2-aaaaaaaaaaaaaaaa")
+    again = shutil.copytree(second, copied.with_name(f"{copied.name}-1"))
+    assert [(row["step"], row["loss"]) for row in read_offline_run(again).rows] == LOSSES
+    assert [row["step"] for row in read_offline_run(copied).rows] == [1, 2, 3]
 
 
 def test_an_evaluation_has_all_predictions_and_some_pictures(folders) -> None:

@@ -56,11 +56,23 @@ def read_offline_run(folder: Path) -> OfflineRun:
 
 
 def _parts(folder: Path) -> list[Path]:
-    """The folders of one run up to this one, oldest first: offline-run-<time>-<id>, where an id may hold dashes."""
-    start, _, id_ = folder.name.removeprefix("offline-run-").partition("-")
-    same = [path for path in folder.parent.glob(f"offline-run-*-{id_}") if any(path.glob("*.wandb"))] if id_ else []
-    times = {path: path.name.removeprefix("offline-run-").partition("-")[0] for path in same}
-    return sorted((path for path in same if times[path] <= start), key=lambda path: path.name) or [folder]
+    """The folders of one run up to this one, oldest first.
+
+    They are named offline-run-<time>-<id>, and a second start in the same second offline-run-<time>-<id>-1; the file
+    inside, run-<id>.wandb, tells the id.
+    """
+    file = next(folder.glob("run-*.wandb"), None)
+    if file is None:
+        return [folder]
+    id_ = file.stem.removeprefix("run-")
+
+    def start(path: Path) -> tuple[str, int]:
+        time, _, rest = path.name.removeprefix("offline-run-").partition("-")
+        number = rest.removeprefix(f"{id_}-")
+        return time, int(number) if number.isdigit() else 0
+
+    same = [path for path in folder.parent.glob("offline-run-*") if (path / file.name).exists()]
+    return sorted((path for path in same if start(path) <= start(folder)), key=start) or [folder]
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
