@@ -29,6 +29,7 @@ RECIPE = {
     "register": {"min_accuracy": 0.0, "min_margin": -1.0},
 }  # fmt: skip
 """Large enough to be killed in the middle of stage 2, small enough to be run a dozen times."""
+ONE_CORE = {"OMP_NUM_THREADS": "1", "HAPLOVL_COMPUTE": "one-core"}
 TRAINED = ("stage1", "probe", "stage2", "evaluate", "register")
 """Stages that every drill runs again."""
 OUTS = ("models/stage1", "models/stage2", "reports/stage1", "reports/evaluation", "metrics/stage1.json",
@@ -36,10 +37,10 @@ OUTS = ("models/stage1", "models/stage2", "reports/stage1", "reports/evaluation"
 
 
 class Project:
-    """A folder with the project; `log` is what its flows and servers printed."""
+    """A folder with the project; `log` is what its flows and servers printed, `machine` what they may use of it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, machine: dict[str, str] = ONE_CORE) -> None:
+        self.folder, self.machine = folder, machine
         self.log = folder.parent / f"{folder.name}.log"
 
     @property
@@ -47,9 +48,9 @@ class Project:
         """What a new user has: no W&B key, no Prefect server; one database for all drills, which takes long to make."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "WANDB_"))}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        own = {"PATH": path, "WANDB_MODE": "offline", "DVC_NO_ANALYTICS": "1", "OMP_NUM_THREADS": "1",
-               "PREFECT_HOME": str(self.folder.parent / "prefect"), "HAPLOVL_COMPUTE": "one-core"}  # fmt: skip
-        return kept | own
+        own = {"PATH": path, "WANDB_MODE": "offline", "DVC_NO_ANALYTICS": "1",
+               "PREFECT_HOME": str(self.folder.parent / "prefect")}  # fmt: skip
+        return kept | own | self.machine
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen:
         """A command in a process group of its own, its output in the log."""
@@ -88,10 +89,10 @@ class Project:
         lock = yaml.safe_load((target / "dvc.lock").read_text())
         lock["stages"] = {name: stage for name, stage in lock["stages"].items() if name not in TRAINED}
         (target / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
-        return Project(target)
+        return Project(target, self.machine)
 
 
-def make_project(folder: Path, recipe: dict = RECIPE) -> Project:
+def make_project(folder: Path, recipe: dict = RECIPE, machine: dict[str, str] = ONE_CORE) -> Project:
     """A clone of the working tree with a recipe (places of params.yaml and their values) committed, not run yet."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(lambda name: (ROOT / name).is_file(), listed.splitlines()):
@@ -105,9 +106,9 @@ def make_project(folder: Path, recipe: dict = RECIPE) -> Project:
         section.update(values)
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     who = ["-c", "user.name=drill", "-c", "user.email=drill@localhost"]
-    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "small recipe"]):
+    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "recipe"]):
         subprocess.run(["git", *words], cwd=folder, check=True)
-    return Project(folder)
+    return Project(folder, machine)
 
 
 def until(happened: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 600.0) -> float:

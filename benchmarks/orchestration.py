@@ -3,8 +3,8 @@
     python benchmarks/orchestration.py [--json FILE] [--full] [--pairs N] [--drills FILE]
 
 Flow and `dvc repro` run in turns, each on a copy of one project with nothing trained yet: the small recipe of the
-drills, or with --full the committed one (half an hour each on two cores). A cached flow is taken apart: Prefect's own
-start is what an empty flow takes in the same environment.
+drills on one core and, with --full, the committed one on all of them (20 minutes each on two). A cached flow is taken
+apart: Prefect's own start is what an empty flow takes in the same environment.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def against_dvc(base: Project, pairs: int) -> dict[str, Any]:
     """The whole flow (without publish, which DVC has not) and `dvc repro` on copies, in turns."""
     flow, dvc = [], []
     for number in range(pairs):
-        one, other = base.copy(f"flow-{number}"), base.copy(f"dvc-{number}")
+        one, other = (base.copy(f"{base.folder.name}-{way}-{number}") for way in ("flow", "dvc"))
         began = time.perf_counter()
         process = one.flow()
         until(lambda one=one: "Task run 'register' - Finished" in one.said(), process, seconds=7200)
@@ -117,8 +117,9 @@ def main() -> None:
     parser.add_argument(
         "--drills", type=Path, metavar="FILE", help="take what drill.py --json wrote; default: drill now"
     )
+    parser.add_argument("--folder", type=Path, help="where the projects are made; default: a new temporary folder")
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="orchestration-"))
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="orchestration-"))
     base = undisturbed(folder)
     result = {
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -128,8 +129,8 @@ def main() -> None:
         **faults(base, options.drills),
     }
     if options.full:
-        project = make_project(folder / "full", {})
-        timed(project, sys.executable, "-m", "flows.pipeline")
+        project = make_project(folder / "full", {}, machine={})
+        timed(project, sys.executable, "-m", "dvc", "repro", "prepare")
         result["full"] = against_dvc(project, 1)
         result["flow_overhead_full"] = result["full"]["flow_overhead"]
     _show(result)
