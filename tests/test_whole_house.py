@@ -166,9 +166,19 @@ def test_the_comparison_trains_recipes_on_equal_terms_and_reports(flow_clone):
     assert int(rows["solo"]["stage2_steps"]) > int(rows["haplovl"]["stage2_steps"])  # its steps are cheaper
     page = (root / "reports/comparison/index.html").read_text()
     assert "Equal compute" in page and "Not finished yet" not in page
+    assert "teachers' training included" in page and "unknown" not in page
+    assert float(rows["haplovl"]["teachers_flops"]) > float(rows["solo"]["teachers_flops"]) > 0
     again = run(command, root)
     assert again.returncode == 0 and "0 stages run, 8 cached" in again.stdout, again.stdout[-2000:]
     untracked = run(["git", "ls-files", "--others", "--exclude-standard"], root).stdout.split()
     assert untracked == ["comparison/dvc.lock"]
     states = run([sys.executable, "-m", "flows.pipeline"], root).stdout
     assert "1 stages run, 8 cached" in states  # the main pipeline: its edited gate, and nothing else
+    lineage = root / "models/teachers/teachers.json"
+    told = json.loads(lineage.read_text())
+    del told["vision"]["training_flops"]
+    lineage.unlink()  # may be a link to DVC's cache
+    lineage.write_text(json.dumps(told))
+    assert run(["haplovl", "comparison", "report"], root).returncode == 0
+    page = (root / "reports/comparison/index.html").read_text()
+    assert "teachers' training included" not in page and page.count("unknown") == 1

@@ -41,7 +41,8 @@ def accuracy_chart(summaries: Sequence[Summary]) -> str:
 def learning_curves(summaries: Sequence[Summary], with_teachers: bool = False) -> str:
     """Held-out loss of stage 2 against the operations spent: mean over seeds, and the range between them.
 
-    Stage 1 is spent before the first point. `with_teachers` adds what the training of the recipe's teachers took.
+    Stage 1 is spent before the first point. `with_teachers` adds what the training of the recipe's teachers took,
+    which must be known.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 4.0), layout="constrained")
@@ -52,7 +53,7 @@ def learning_curves(summaries: Sequence[Summary], with_teachers: bool = False) -
                 continue
             points = min(map(len, curves))
             spent = np.mean([curve[:points, 0] for curve in curves], axis=0)
-            spent = (spent + (summary.teachers_flops if with_teachers else 0.0)) / TERA
+            spent = (spent + ((summary.teachers_flops or 0.0) if with_teachers else 0.0)) / TERA
             losses = np.stack([curve[:points, 1] for curve in curves])
             colour = COLOURS[number % len(COLOURS)]
             axes.fill_between(spent, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)

@@ -96,7 +96,7 @@ def _page(settings: CompareSettings, views: dict[str, list[Summary]]) -> str:
             "accuracy": _uri(accuracy_chart(view)),
             "leads": _uri(lead_chart(view, settings.recipes[0])) if len(view) > 1 else None,
             "curves": _uri(learning_curves(view)),
-            "curves_with_teachers": _uri(learning_curves(view, with_teachers=True)) if name == "compute" else None,
+            "curves_with_teachers": _with_teachers(view) if name == "compute" else None,
             "missing": _missing(settings, name, view),
         }
         for name, view in views.items()
@@ -104,6 +104,12 @@ def _page(settings: CompareSettings, views: dict[str, list[Summary]]) -> str:
     return environment.get_template("report.html.j2").render(
         sections=sections, reference=settings.recipes[0], seeds=settings.seeds, all=ALL, tera=TERA
     )
+
+
+def _with_teachers(view: list[Summary]) -> str:
+    """Learning curves with the teachers' training; empty where that of one is unknown, as the axis would be wrong."""
+    known = all(summary.teachers_flops is not None for summary in view)
+    return _uri(learning_curves(view, with_teachers=True)) if known else ""
 
 
 def _missing(settings: CompareSettings, group: str, view: list[Summary]) -> list[str]:
@@ -138,7 +144,7 @@ def _run_rows(view: list[Summary]) -> Iterator[dict[str, Any]]:
                 **accuracy,
                 **{f"{stage}_steps": steps for stage, steps in result.steps.items()},
                 **{f"{stage}_flops": flops for stage, flops in result.flops.items()},
-                "teachers_flops": summary.teachers_flops,
+                "teachers_flops": "" if summary.teachers_flops is None else summary.teachers_flops,
                 "records": result.records,
                 **{name: round(result.measured.get(name, float("nan")), 4) for name in MEASURED},
             }

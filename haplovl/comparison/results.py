@@ -111,8 +111,8 @@ class Summary:
     lead: dict[str, Difference]
     p_adjusted: float | None
     """p-value of the lead over all questions, adjusted for the number of recipes compared (Holm)."""
-    teachers_flops: float
-    """Training of the teachers that the recipe needs, as far as it was counted (those trained here)."""
+    teachers_flops: float | None
+    """Operations of training the teachers that the recipe needs; None where one's were not counted."""
 
     def mean(self, name: str) -> float:
         """Mean over the seeds of a number of the results."""
@@ -157,11 +157,14 @@ def _answers(results: list[Result], kind: str) -> np.ndarray:
     return np.stack([result.correct[chosen] for result in results])
 
 
-def teachers_flops(run: Run) -> float:
-    """Operations of training the teachers that a recipe starts from or learns from; hub models count nothing here."""
+def teachers_flops(run: Run) -> float | None:
+    """Operations of training the teachers that a recipe starts from or learns from.
+
+    None where those of one are unknown: a model of the hub, or one trained before its operations were counted.
+    """
     lineage: dict[str, Any] = read_json(TEACHERS / "teachers.json")
     name = f"ablations/{run.recipe}" if run.group == "ablations" else run.recipe
     params = load_recipe(name)
     sees = params.model.fusion != "patches"  # raw patches inherit nothing from a vision teacher
-    used = ["language", *(["vision"] if sees else [])]
-    return float(sum(lineage[teacher].get("training_flops", 0) for teacher in used))
+    used = [lineage[teacher].get("training_flops") for teacher in ("language", *(["vision"] if sees else []))]
+    return None if None in used else float(sum(used))
