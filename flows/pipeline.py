@@ -144,11 +144,13 @@ def promote_challenger(stage: str) -> State:
     from haplovl.promotion import in_stage, promote, was_in_stage
     from haplovl.promotion_tables import outcome
     from haplovl.settings import load_params
+    from haplovl.wandb_registry import follow
 
     published = read_json(PUBLISHED)
     if published["version"] is None:
         return Completed(name="NotRegistered", message="not registered: " + "; ".join(published["reasons"]))
-    name, version = load_params().register_.name, published["version"]
+    settings, version = load_params().register_, published["version"]
+    name = settings.name
     if was_in_stage(name, version, stage) and (present := in_stage(name, stage)) != version:
         why = f"{version} was in {stage} before, which holds {present or 'nothing'} now; haplovl promote puts it back"
         return Completed(name="NotPromoted", message=why)
@@ -156,6 +158,8 @@ def promote_challenger(stage: str) -> State:
         verdict = promote(name, version, stage)
     except UserError as error:
         return Failed(message=f"promote failed: {error}")
+    if not verdict.reasons:
+        follow(settings, version, stage)
     state = "NotPromoted" if verdict.reasons else "Cached" if verdict.champion == verdict.challenger else None
     return Completed(name=state, message=outcome(verdict, stage))
 

@@ -37,9 +37,12 @@ def rollback(stage: Stage = "prod") -> None:
     """Put the version back that was in production before."""
     from haplovl.promotion import rollback
     from haplovl.settings import load_params
+    from haplovl.wandb_registry import follow
 
-    left, back = rollback(load_params().register_.name, stage)
+    settings = load_params().register_
+    left, back = rollback(settings.name, stage)
     typer.echo(f"{stage}: {left} → {back}")
+    follow(settings, back, stage)
 
 
 @versions.command()

@@ -10,6 +10,7 @@ from rich.table import Table
 from haplovl.errors import UserError
 from haplovl.promotion import Verdict, Version, candidate_of, promote, registered, told
 from haplovl.settings import load_params
+from haplovl.wandb_registry import follow
 
 
 def print_models(as_json: bool) -> None:
@@ -56,11 +57,14 @@ def _row(name: str, version: Version) -> dict[str, Any]:
 
 def print_promotion(version: str | None, stage: str, force: bool, as_json: bool) -> bool:
     """Promotes, and prints by how much the versions differ; False where the promotion is refused."""
-    verdict = promote(load_params().register_.name, version, stage, force)
+    settings = load_params().register_
+    verdict = promote(settings.name, version, stage, force)
     if as_json:
         print(json.dumps({**asdict(verdict), "stage": stage, "promoted": not verdict.reasons}, ensure_ascii=False))
     else:
         _print(verdict, stage)
+    if not verdict.reasons:
+        follow(settings, verdict.challenger, stage)
     return not verdict.reasons
 
 

@@ -17,6 +17,7 @@ from haplovl.redaction import without_secrets
 from haplovl.revisions import LOCK, hashes, lock_of, stages_in
 from haplovl.settings import Params
 from haplovl.tracking import start_wandb, wandb_mode
+from haplovl.wandb_registry import link
 
 PUBLISHED = RUNS / "published.json"
 FALLBACK_NAME, FALLBACK_EMAIL = "HaploVL", "haplovl@localhost"
@@ -210,7 +211,10 @@ def _wandb_artifact(params: Params, result: PublishResult, mode: str) -> str:
         artifact = wandb.Artifact(params.register_.name, type="model", metadata=metadata)
         artifact.add_dir(str(CANDIDATE), name="candidate")
         artifact.add_dir(str(STAGE2), name="model")
-        run.log_artifact(artifact, aliases=[str(result.version)])
+        logged = run.log_artifact(artifact, aliases=[str(result.version)])
+        if mode == "online" and params.register_.wandb_registry is not None:
+            logged.wait()  # until W&B has it
+            print(f"linked in W&B's registry: {link(params.register_, str(result.version), str(result.version))}")
     finally:
         run.finish()
     return str(run.url) if mode == "online" else os.path.relpath(Path(run.dir).parent)

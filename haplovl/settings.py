@@ -119,6 +119,8 @@ class RegisterSettings(Strict):
     """Gate: overall exact match that a candidate needs."""
     min_margin: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.0
     """Gate: accuracy that every question type needs above the better of its two baselines."""
+    wandb_registry: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=64)] | None = "model"
+    """W&B's registry that versions are linked to while W&B is online; every organisation starts with `model`."""
 
 
 class CompareSettings(Strict):

@@ -79,16 +79,21 @@ def wandb_project(project: str) -> str:
     return os.environ.get("WANDB_PROJECT") or project
 
 
+def keep_wandb_here() -> None:
+    """Has W&B, which must not be imported yet, write into runs/wandb and not into the home folder."""
+    folder = WANDB_FOLDER.absolute()
+    for part in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):
+        (folder / part.lower()).mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault(f"WANDB_{part}_DIR", str(folder / part.lower()))
+
+
 def start_wandb(project: str, mode: str, finish_timeout: float = 0.0, **options: Any) -> Any:
     """Starts a run whose files all lie in runs/wandb; raises what W&B raises.
 
     The project's name gives way to WANDB_PROJECT. `finish_timeout` limits the last uploads, in seconds (0: no limit);
     `options` are those of `wandb.init`. Credentials in `config` are hidden.
     """
-    folder = WANDB_FOLDER.absolute()
-    for part in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):
-        (folder / part.lower()).mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault(f"WANDB_{part}_DIR", str(folder / part.lower()))
+    keep_wandb_here()
     import wandb
 
     settings = wandb.Settings(

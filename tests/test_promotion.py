@@ -1,12 +1,15 @@
 """Champion and challenger, in a real repository of git, DVC and GTO: who gets into production, and the way back."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import call, create_autospec
 
 import pytest
+import wandb
 from dvc.repo import Repo
 from dvc_project import git, make_project
 from typer.testing import CliRunner
@@ -208,3 +211,76 @@ def test_a_listing_that_leads_out_of_its_folder_writes_nothing_there(project, wa
     with suppress(UserError):  # refused in one sentence, or such files are left out
         get("haplovl", Path("got/deep/model"), "v0.0.1")
     assert not list(project.parent.rglob("escaped-*"))
+
+
+# --- W&B's registry --------------------------------------------------------------------------------------------------
+# No server of W&B's can run here: its client is real where it fails, and stood in for elsewhere.
+COLLECTION = "wandb-registry-model/haplovl"
+
+
+def said(*arguments: str) -> str:
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture
+def client(monkeypatch):
+    """W&B's client with its own signatures; `artifact` and `link` are what it was asked."""
+    api = create_autospec(wandb.Api)
+    api.return_value.artifact.return_value = create_autospec(wandb.Artifact, instance=True)
+    monkeypatch.setattr("wandb.Api", api)
+    return api.return_value
+
+
+def test_stages_are_aliases_of_the_registry(project, client, monkeypatch):
+    for weights in ("first", "second"):
+        train(weights, colour=10, count=10)
+    promote("haplovl", "v0.0.1")
+    said("promote", "v0.0.2")
+    assert not client.artifact.called  # offline
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert f"W&B's registry: canary of {COLLECTION} is v0.0.2" in said("promote", "v0.0.2", "--stage", "canary")
+    said("rollback")
+    assert [asked.args for asked in client.artifact.call_args_list] == [
+        ("haplovl/haplovl:v0.0.2",),
+        ("haplovl/haplovl:v0.0.1",),
+    ]
+    link = client.artifact.return_value.link
+    assert link.call_args_list == [call(COLLECTION, aliases=["canary"]), call(COLLECTION, aliases=["prod"])]
+
+
+def test_a_published_version_is_linked(project, client, monkeypatch):
+    publishing = create_autospec(wandb.Run, instance=True)
+    publishing.url, publishing.summary = "https://wandb.example/run", {}
+    monkeypatch.setattr("haplovl.publish.start_wandb", lambda *_, **__: publishing)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert train("first") == "v0.0.1"
+    publishing.log_artifact.return_value.wait.assert_called_once_with()
+    client.artifact.assert_called_once_with("haplovl/haplovl:v0.0.1", type="model")
+    client.artifact.return_value.link.assert_called_once_with(COLLECTION, aliases=["v0.0.1"])
+    client.artifact.side_effect = wandb.errors.CommError("no registry at https://me:s3cret-0123456789@wandb.example")
+    assert train("second") == "v0.0.2"
+    result = publish(load_params())
+    assert result.version == "v0.0.2" and result.wandb.startswith("failed: no registry at https://")
+    assert "s3cret" not in result.wandb
+
+
+def test_no_registry_is_asked_where_none_is_wanted(project, client, monkeypatch):
+    train("first")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    (project / "params.yaml").write_text(
+        (project / "params.yaml").read_text().replace("register:\n", "register:\n  wandb_registry: null\n")
+    )
+    said("promote")
+    assert not client.artifact.called
+
+
+def test_without_a_network_git_decides_all_the_same(project):
+    train("first")
+    nowhere = {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    command = [sys.executable, "-m", "haplovl", "promote"]
+    done = subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "W&B's registry does not follow; in git prod is v0.0.1 all the same: " in done.stderr
+    assert in_stage("haplovl", "prod") == "v0.0.1"
