@@ -58,7 +58,7 @@ def test_a_stage_with_another_objective_keeps_its_size_and_others_are_merged():
         ("stage1: {objective: next_token, steps: 3}", ["stage1.optimizer", "missing"]),
         ("stage1: {objective: none}", ["model.connector: text_head is a head of the distillation"]),
         (
-            "model: {fusion: tower, connector: random, class_token: false, image_newline: false}",
+            "model: {fusion: tower, connector: random, pre_decoder_layers: null}",
             ["distillation trains"],
         ),
         ("stage2: {optimizer: {rate_factors: {tail: 0.0}}}", ["rate_factors"]),

@@ -37,7 +37,7 @@ def trained(project, model, stage1, stage2=None, stages=("stage1",)):
     params = yaml.safe_load((project / "params.yaml").read_text())
     base = {"image_size": 32, "pre_rotary_increment": 0.0, "post_rotary_increment": 1.0}
     params |= {"model": base | model, "stage1": stage1}
-    params["stage2"] = {**params["stage2"], **(stage2 or {})}
+    params["stage2"] = {**params["stage2"], "optimizer": {"learning_rate": 8e-4}, **(stage2 or {})}
     params.pop("compare", None)
     (project / "params.yaml").write_text(yaml.safe_dump(params))
     printed = ""
