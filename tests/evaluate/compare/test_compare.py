@@ -35,11 +35,11 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
 # --- what is shown ---------------------------------------------------------------------------------------------------
 def test_two_projects_are_compared_in_everything(tmp_path: Path, monkeypatch, capsys) -> None:
     project(tmp_path / "old", 0.70, level=2.0)
-    project(tmp_path / "new", 0.95, recipe="wider", stage2__steps=900, model__class_token=False)
+    project(tmp_path / "new", 0.95, recipe="wider", stage2__steps=900, model__class_token=True)
     assert command(monkeypatch, "old", "new", "--html", "page.html") == ""
     told = capsys.readouterr().out
     parts = ["haplovl seed 17", "wider seed 17", "dddddddddd", "cccccccccc", "1234567890+", "stage2.steps", "1800"]
-    for part in [*parts, "900", "model.class_token", "false", "2,001", "0.05", "0.02", "real", "The page is page.html"]:
+    for part in [*parts, "900", "model.class_token", "true", "2,001", "0.05", "0.02", "real", "The page is page.html"]:
         assert part in told, part
     assert "stage1.steps" not in told and "teachers" not in told
     assert "One seed of haplovl seed 17, wider seed 17" in told
