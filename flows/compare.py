@@ -98,7 +98,11 @@ def haplovl_compare(what: str = "compare", compute: str = "one-core") -> State:
     for stage in project.stages(what):
         own = run_or_skip.with_options(name=stage.name, task_run_name=stage.name)
         futures[stage.name] = own.submit(project, stage.name, compute, wait_for=[futures[up] for up in stage.upstream])
-    states = {name: future.wait() or future.state for name, future in futures.items()}
+    try:
+        states = {name: future.wait() or future.state for name, future in futures.items()}
+    except BaseException:  # Prefect takes SIGTERM for itself; its runner would wait until what runs has ended
+        _stop()
+        raise
     failed = [state.message for state in states.values() if not state.is_completed()]
     if failed:
         return Failed(message=f"{len(failed)} of {len(states)} stages failed or could not start; first: {failed[0]}")
@@ -133,6 +137,9 @@ def main() -> None:
         start_server()
         runner = ThreadPoolTaskRunner(max_workers=options.jobs)
         state = haplovl_compare.with_options(task_runner=runner)(options.what, options.compute, return_state=True)
+    except BaseException:
+        if not STOPPING.is_set():
+            raise
     finally:
         end_all()
     if STOPPING.is_set():
