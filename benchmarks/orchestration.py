@@ -3,7 +3,7 @@
     python benchmarks/orchestration.py [--json FILE] [--full] [--pairs N] [--drills FILE]
 
 Flow and `dvc repro` run in turns, each on a copy of one project with nothing trained yet: the small recipe of the
-drills on one core and, with --full, the committed one on all of them (20 minutes each on two). A cached flow is taken
+drills on one core and, with --full, the committed one on all of them (14 minutes each on two). A cached flow is taken
 apart: Prefect's own start is what an empty flow takes in the same environment.
 """
 
