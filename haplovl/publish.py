@@ -212,9 +212,10 @@ def _wandb_artifact(params: Params, result: PublishResult, mode: str) -> str:
         artifact.add_dir(str(CANDIDATE), name="candidate")
         artifact.add_dir(str(STAGE2), name="model")
         logged = run.log_artifact(artifact, aliases=[str(result.version)])
-        if mode == "online" and params.register_.wandb_registry is not None:
+        registry, version = params.register_.wandb_registry, str(result.version)
+        if mode == "online" and registry is not None:
             logged.wait()  # until W&B has it
-            print(f"linked in W&B's registry: {link(params.register_, str(result.version), str(result.version))}")
+            print(f"linked in W&B's registry: {link(params.register_.name, registry, version, version)}")
     finally:
         run.finish()
     return str(run.url) if mode == "online" else os.path.relpath(Path(run.dir).parent)

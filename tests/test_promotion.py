@@ -6,10 +6,11 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from unittest.mock import call, create_autospec
+from unittest.mock import create_autospec
 
 import pytest
 import wandb
+import wandb_client
 from dvc.repo import Repo
 from dvc_project import git, make_project
 from typer.testing import CliRunner
@@ -225,29 +226,52 @@ def said(*arguments: str) -> str:
 
 
 @pytest.fixture
-def client(monkeypatch):
-    """W&B's client with its own signatures; `artifact` and `link` are what it was asked."""
-    api = create_autospec(wandb.Api)
-    api.return_value.artifact.return_value = create_autospec(wandb.Artifact, instance=True)
-    monkeypatch.setattr("wandb.Api", api)
-    return api.return_value
+def asked(tmp_path, monkeypatch) -> Path:
+    """The file of what a process that follows asks W&B's client, once it has asked anything."""
+    log = tmp_path / "asked.jsonl"
+    monkeypatch.setenv("ASKED", str(log))
+    monkeypatch.setattr("haplovl.wandb_registry.LINK", [sys.executable, wandb_client.__file__])
+    return log
 
 
-def test_stages_are_aliases_of_the_registry(project, client, monkeypatch):
+def test_stages_are_aliases_of_the_registry(project, asked, monkeypatch):
     for weights in ("first", "second"):
         train(weights, colour=10, count=10)
     promote("haplovl", "v0.0.1")
     said("promote", "v0.0.2")
-    assert not client.artifact.called  # offline
+    assert not asked.exists()  # offline
     monkeypatch.setenv("WANDB_MODE", "online")
     assert f"W&B's registry: canary of {COLLECTION} is v0.0.2" in said("promote", "v0.0.2", "--stage", "canary")
     said("rollback")
-    assert [asked.args for asked in client.artifact.call_args_list] == [
-        ("haplovl/haplovl:v0.0.2",),
-        ("haplovl/haplovl:v0.0.1",),
+    assert [json.loads(line) for line in asked.read_text().splitlines()] == [
+        {"artifact": "haplovl/haplovl:v0.0.2", "place": COLLECTION, "aliases": ["canary"]},
+        {"artifact": "haplovl/haplovl:v0.0.1", "place": COLLECTION, "aliases": ["prod"]},
     ]
-    link = client.artifact.return_value.link
-    assert link.call_args_list == [call(COLLECTION, aliases=["canary"]), call(COLLECTION, aliases=["prod"])]
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("no registry at https://me:s3cret-0123456789@wandb.example", "no registry at https://"),
+        ("hang", "no answer within 5 seconds"),
+    ],
+)
+def test_what_fails_at_wandb_is_told_and_git_goes_on(project, asked, monkeypatch, what, why):
+    train("first")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("FAILS", what)
+    monkeypatch.setattr("haplovl.wandb_registry.TIMEOUT", 5 if what == "hang" else 60)
+    output = said("promote")
+    assert f"in git prod is v0.0.1 all the same: {why}" in output and "s3cret" not in output
+    assert in_stage("haplovl", "prod") == "v0.0.1"
+
+
+@pytest.fixture
+def client(monkeypatch):
+    """W&B's client in this process, with its own signatures."""
+    api = wandb_client.stand_in()
+    monkeypatch.setattr("wandb.Api", api)
+    return api.return_value
 
 
 def test_a_published_version_is_linked(project, client, monkeypatch):
@@ -266,14 +290,14 @@ def test_a_published_version_is_linked(project, client, monkeypatch):
     assert "s3cret" not in result.wandb
 
 
-def test_no_registry_is_asked_where_none_is_wanted(project, client, monkeypatch):
+def test_no_registry_is_asked_where_none_is_wanted(project, asked, monkeypatch):
     train("first")
     monkeypatch.setenv("WANDB_MODE", "online")
     (project / "params.yaml").write_text(
         (project / "params.yaml").read_text().replace("register:\n", "register:\n  wandb_registry: null\n")
     )
     said("promote")
-    assert not client.artifact.called
+    assert not asked.exists()
 
 
 def test_without_a_network_git_decides_all_the_same(project):

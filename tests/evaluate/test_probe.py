@@ -58,7 +58,8 @@ def params() -> Params:
     params = load_params(PARAMS_FILE)
     settings = params.probe.model_copy(update={"records": 10, "zero_shot_pictures": 60, "fit_pictures": 9, "batch": 7})
     prepared = params.prepare.model_copy(update={"max_tokens": 1024})
-    return params.model_copy(update={"probe": settings, "prepare": prepared})
+    stage1 = params.stage1.model_copy(update={"vision_layer": -1})  # that of save_stage1
+    return params.model_copy(update={"probe": settings, "prepare": prepared, "stage1": stage1})
 
 
 @pytest.fixture
