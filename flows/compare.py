@@ -26,6 +26,7 @@ from flows.pipeline import (
 )
 from flows.stages import Project, Stage, end_all, may_help_again, run_stage
 from haplovl.errors import UserError
+from haplovl.settings import load_compare, load_compute
 
 FILE = "comparison/dvc.yaml"
 GROUPS = {"compare": ("compute", "samples"), "ablations": ("ablations",)}
@@ -41,18 +42,28 @@ class SharedProject:
     def __init__(self) -> None:
         self._project, self._lock = Project(), Lock()
 
-    def stages(self, what: str) -> list[Stage]:
-        """The stages of `compare` or `ablations`, with those of the main pipeline that they need, in order."""
+    def stages(self, what: str, jobs: int = 1) -> list[Stage]:
+        """The stages of `compare` or `ablations`, with what they need and are compared with, in order.
+
+        A run's evaluation comes `jobs` trainings after its own: soon, and without a thread that waits for it.
+        """
         by_name = {stage.name: stage for stage in self._project.all_stages}
-        wanted = [f"{FILE}:{group}-" for group in GROUPS[what]]
+        settings = load_compare()
+        reference = [f"{FILE}:compute-evaluate@{settings.recipes[0]}-{seed}" for seed in settings.seeds]
+        own = tuple(f"{FILE}:{group}-" for group in GROUPS[what])
         needed: set[str] = set()
-        waiting = [name for name in by_name if name.startswith(tuple(wanted))]
+        waiting = [*reference, *(name for name in by_name if name.startswith(own))]
         while waiting:
             name = waiting.pop()
             if name not in needed:
                 needed.add(name)
                 waiting.extend(by_name[name].upstream)
-        return [stage for stage in self._project.all_stages if stage.name in needed]
+        ordered = [stage for stage in self._project.all_stages if stage.name in needed]
+        evaluations = {stage.name: up for stage in ordered for up in stage.upstream if up.startswith(FILE)}
+        others = [stage.name for stage in ordered if stage.name not in evaluations]
+        place: dict[str, float] = {name: number for number, name in enumerate(others)}
+        place |= {name: place[training] + jobs + 0.5 for name, training in evaluations.items()}
+        return sorted(ordered, key=lambda stage: place[stage.name])
 
     def is_unchanged(self, name: str) -> bool:
         """Whether DVC would skip the stage."""
@@ -86,16 +97,17 @@ def run_or_skip(project: SharedProject, name: str, compute: str) -> State:
 
 
 @flow(name="haplovl-compare", persist_result=False)
-def haplovl_compare(what: str = "compare", compute: str = "one-core") -> State:
+def haplovl_compare(what: str = "compare", compute: str = "one-core", jobs: int = 1) -> State:
     """Runs what changed of the comparison; a run that fails does not keep the others from running.
 
     Args:
         what: `compare` (equal compute, equal samples) or `ablations`.
         compute: profile of infra/compute/ of every run.
+        jobs: how many stages the flow's task runner runs at once.
     """
     project = SharedProject()
     futures = {}
-    for stage in project.stages(what):
+    for stage in project.stages(what, jobs):
         own = run_or_skip.with_options(name=stage.name, task_run_name=stage.name)
         futures[stage.name] = own.submit(project, stage.name, compute, wait_for=[futures[up] for up in stage.upstream])
     try:
@@ -123,8 +135,6 @@ def main() -> None:
     parser.add_argument("--compute", default=os.environ.get("HAPLOVL_COMPUTE") or "one-core", metavar="PROFILE")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at once; default: cores")
     options = parser.parse_args()
-    from haplovl.settings import load_compute
-
     try:
         load_compute(options.compute)
         SharedProject().stages(options.what)
@@ -136,7 +146,8 @@ def main() -> None:
     try:
         start_server()
         runner = ThreadPoolTaskRunner(max_workers=options.jobs)
-        state = haplovl_compare.with_options(task_runner=runner)(options.what, options.compute, return_state=True)
+        flow_here = haplovl_compare.with_options(task_runner=runner)
+        state = flow_here(options.what, options.compute, options.jobs, return_state=True)
     except BaseException:
         if not STOPPING.is_set():
             raise

@@ -302,6 +302,18 @@ def load_params(path: Path | str = PARAMS_FILE) -> Params:
     return load_strict(Path(path), Params)
 
 
+def load_compare() -> CompareSettings:
+    """The section `compare` of params.yaml.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    settings = load_params().compare
+    if settings is None:
+        raise SettingsError("params.yaml has no section 'compare': it names the recipes and seeds to be compared")
+    return settings
+
+
 def load_compute(name: str | None = None) -> ComputeProfile:
     """Reads a compute profile: by name, else from HAPLOVL_COMPUTE, else `laptop`.
 

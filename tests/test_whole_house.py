@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -182,3 +183,28 @@ def test_the_comparison_trains_recipes_on_equal_terms_and_reports(flow_clone):
     assert run(["haplovl", "comparison", "report"], root).returncode == 0
     page = (root / "reports/comparison/index.html").read_text()
     assert "teachers' training included" not in page and page.count("unknown") == 1
+
+
+@pytest.mark.timeout(600)
+def test_a_comparison_told_to_stop_keeps_its_checkpoints_and_goes_on(flow_clone):
+    root = flow_clone[0]
+    path = root / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    params["compare"]["changes"] = {"stage2": {"steps": 400}}
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    command, env = [sys.executable, "-m", "flows.compare", "ablations"], {**os.environ, "DVC_NO_ANALYTICS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=root, env=env, text=True, **pipes)
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if re.search(r"stage2 \[.*/400", line):
+            break
+    process.send_signal(signal.SIGTERM)
+    said += process.stdout.read().splitlines(keepends=True)
+    assert process.wait() == 1 and "interrupted; run the same command again" in "".join(said[-5:]), "".join(said[-40:])
+    stopped = [int(step) for step in re.findall(r"stopped by signal after step (\d+)", "".join(said))]
+    assert stopped and max(stopped) < 400, "".join(said[-40:])
+    again = run(command, root)
+    assert again.returncode == 0, again.stdout[-4000:]
+    assert f"continuing after step {stopped[0]}," in again.stdout, again.stdout[-4000:]

@@ -12,10 +12,10 @@ from rich.table import Table
 
 from haplovl.comparison.plots import TERA, accuracy_chart, lead_chart, learning_curves
 from haplovl.comparison.results import ALL, Result, Summary, finished, summarise
-from haplovl.comparison.runs import GROUPS, Run, compare_settings, planned
+from haplovl.comparison.runs import GROUPS, Run, planned
 from haplovl.errors import UserError
 from haplovl.files import REPORTS, whole_folder, write_whole
-from haplovl.settings import CompareSettings
+from haplovl.settings import CompareSettings, load_compare
 
 REPORT = REPORTS / "comparison"
 TITLES = {
@@ -33,7 +33,7 @@ def write_report(groups: Sequence[str] | None = None) -> None:
     Raises:
         UserError: params.yaml names no comparison, no run is finished, or runs do not belong together.
     """
-    settings = compare_settings()
+    settings = load_compare()
     if unknown := sorted(set(groups or ()) - set(GROUPS)):
         raise UserError(f"there is no group '{unknown[0]}'; choose {', '.join(GROUPS)}")
     reference = finished([Run("compute", settings.recipes[0], seed) for seed in settings.seeds])

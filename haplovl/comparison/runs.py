@@ -14,7 +14,7 @@ from haplovl.comparison.budget import matched
 from haplovl.comparison.recipes import load_recipe, write_params
 from haplovl.errors import UserError
 from haplovl.files import PREPARED, TEACHERS, require
-from haplovl.settings import CompareSettings, load_params
+from haplovl.settings import CompareSettings, load_compare
 
 COMPARISON = Path("comparison")
 GROUPS = ("compute", "samples", "ablations")
@@ -36,18 +36,6 @@ class Run:
         return COMPARISON / self.group / f"{self.recipe}-{self.seed}"
 
 
-def compare_settings() -> CompareSettings:
-    """The section `compare` of params.yaml.
-
-    Raises:
-        UserError: there is none.
-    """
-    settings = load_params().compare
-    if settings is None:
-        raise UserError("params.yaml has no section 'compare': it names the recipes and seeds to be compared")
-    return settings
-
-
 def planned(settings: CompareSettings, group: str) -> list[Run]:
     """All runs of a group; in `samples`, the first recipe of the comparison is the one of `compute`."""
     recipes = {"compute": settings.recipes, "samples": settings.samples, "ablations": settings.ablations}[group]
@@ -64,7 +52,7 @@ def train(run: Run) -> None:
         raise UserError(f"there is no group '{run.group}'; choose {', '.join(GROUPS)}")
     require(PREPARED / "manifest.json", "prepare")
     require(TEACHERS, "teachers")
-    reference = load_recipe(compare_settings().recipes[0], run.seed)
+    reference = load_recipe(load_compare().recipes[0], run.seed)
     params = load_recipe(f"ablations/{run.recipe}" if run.group == "ablations" else run.recipe, run.seed)
     try:
         params = matched(params, reference, "samples" if run.group == "samples" else "compute")
