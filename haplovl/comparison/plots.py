@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from haplovl.comparison.results import ALL, Summary
 from haplovl.evaluate.plots import FAINT, INK, RULE, STYLE, as_svg
 
+MOST_SERIES = 8
+"""Recipes that one chart can tell apart."""
 COLOURS = ("#1f5f8b", "#c4663c", "#2a7f78", "#7a5aa6", "#a8862a", "#9c2f4f", "#4d6b2f", "#5b6470")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 TERA = 1e12
@@ -22,13 +24,17 @@ def accuracy_chart(summaries: Sequence[Summary]) -> str:
         axes = figure.add_subplot()
         shifts = np.linspace(-0.34, 0.34, len(summaries)) if len(summaries) > 1 else [0.0]
         for number, (summary, shift) in enumerate(zip(summaries, shifts, strict=True)):
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
             means = [summary.accuracy[kind].mean for kind in kinds]
             ends = [(summary.accuracy[kind].low, summary.accuracy[kind].high) for kind in kinds]
             spread = np.array([(m - low, high - m) for m, (low, high) in zip(means, ends, strict=True)]).T
             axes.errorbar(
-                np.arange(len(kinds)) + shift, means, yerr=spread, fmt=MARKERS[number % len(MARKERS)], markersize=5.5,
-                color=COLOURS[number % len(COLOURS)], elinewidth=1.5, capsize=2.5, label=summary.recipe, zorder=3,
+                np.arange(len(kinds)) + shift, means, yerr=spread, fmt=marker, markersize=5.5, color=colour,
+                elinewidth=1.5, capsize=2.5, label=summary.recipe, zorder=3,
             )  # fmt: skip
+            for result in summary.results if len(summary.results) > 1 else ():
+                seed = [result.answers(kind).mean() for kind in kinds]
+                axes.scatter(np.arange(len(kinds)) + shift, seed, s=15, color=colour, alpha=0.5, linewidths=0, zorder=2)
         axes.set_xticks(np.arange(len(kinds)), kinds, color=INK)
         axes.set(ylabel="exact match", xlim=(-0.6, len(kinds) - 0.4))
         axes.axvline(len(kinds) - 1.5, color=RULE, linewidth=1)
@@ -64,10 +70,11 @@ def learning_curves(summaries: Sequence[Summary], with_teachers: bool = False) -
         what = "teachers' training, both stages" if with_teachers else "both stages"
         axes.set(xlabel=f"operations spent, TFLOP ({what})", ylabel="held-out loss, nats per token")
         axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
-        axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        axes.tick_params(which="both", length=0)
-        axes.grid(axis="y", which="both", color=RULE, linewidth=0.7)
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.tick_params(length=0)
+        axes.grid(axis="y", color=RULE, linewidth=0.7)
         axes.legend(frameon=False)
         return as_svg(figure)
 

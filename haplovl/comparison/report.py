@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from haplovl.comparison.plots import TERA, accuracy_chart, lead_chart, learning_curves
+from haplovl.comparison.plots import MOST_SERIES, TERA, accuracy_chart, lead_chart, learning_curves
 from haplovl.comparison.results import ALL, Result, Summary, finished, summarise
 from haplovl.comparison.runs import GROUPS, Run, planned
 from haplovl.errors import UserError
@@ -68,18 +69,18 @@ def _view(settings: CompareSettings, group: str, reference: list[Result]) -> lis
 
 def summary_table(title: str, view: list[Summary]) -> Table:
     """Accuracy and lead over the reference as a table for the terminal."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("recipe")
-    for name in ("exact match", "95 %", "lead", "95 %", "p (Holm)", "TFLOP", "steps"):
-        table.add_column(name, justify="right")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("recipe", no_wrap=True)
+    for name in ("exact match", "lead, points", "p, Holm", "TFLOP"):
+        table.add_column(name, justify="right", no_wrap=True)
     for summary in view:
         own, lead = summary.accuracy[ALL], summary.lead.get(ALL)
-        leads = ("", "", "")
+        leads = ("", "")
         if lead:
-            leads = (f"{lead.mean:+.3f}", f"{lead.low:+.3f} … {lead.high:+.3f}", f"{summary.p_adjusted:.3f}")
-        steps = "+".join(str(count) for count in summary.results[0].steps.values())
-        cost = f"{summary.mean('total_flops') / TERA:.1f}"
-        table.add_row(summary.recipe, f"{own.mean:.3f}", f"{own.low:.3f} … {own.high:.3f}", *leads, cost, steps)
+            points = f"{100 * lead.mean:+.0f} ({100 * lead.low:+.0f}…{100 * lead.high:+.0f})"
+            leads = (points, f"{summary.p_adjusted:.3f}")
+        accuracy = f"{own.mean:.3f} ({own.low:.2f}–{own.high:.2f})"
+        table.add_row(summary.recipe, accuracy, *leads, f"{summary.mean('total_flops') / TERA:.1f}")
     return table
 
 
@@ -93,9 +94,9 @@ def _page(settings: CompareSettings, views: dict[str, list[Summary]]) -> str:
             "title": TITLES[name],
             "summaries": view,
             "kinds": [*(kind for kind in view[0].accuracy if kind != ALL), ALL],
-            "accuracy": _uri(accuracy_chart(view)),
+            "accuracy": _uri(accuracy_chart(view)) if len(view) <= MOST_SERIES else None,
             "leads": _uri(lead_chart(view, settings.recipes[0])) if len(view) > 1 else None,
-            "curves": _uri(learning_curves(view)),
+            "curves": _uri(learning_curves(view)) if len(view) <= MOST_SERIES else None,
             "curves_with_teachers": _with_teachers(view) if name == "compute" else None,
             "missing": _missing(settings, name, view),
         }
@@ -133,9 +134,7 @@ def _run_rows(view: list[Summary]) -> Iterator[dict[str, Any]]:
     for summary in view:
         for result in summary.results:
             kinds = sorted(set(result.kinds))
-            accuracy = {
-                kind: round(float(result.correct[[own == kind for own in result.kinds]].mean()), 4) for kind in kinds
-            }
+            accuracy = {kind: round(float(result.answers(kind).mean()), 4) for kind in kinds}
             yield {
                 "group": result.run.group,
                 "recipe": result.run.recipe,

@@ -41,6 +41,10 @@ class Result:
         """Of both stages, with the forward passes of frozen teachers."""
         return sum(self.flops.values())
 
+    def answers(self, kind: str) -> np.ndarray:
+        """[questions of this kind], or of all: 1 where the answer is right."""
+        return self.correct if kind == ALL else self.correct[[own == kind for own in self.kinds]]
+
     @classmethod
     def read(cls, run: Run) -> "Result":
         """Reads a run's folder.
@@ -153,8 +157,7 @@ def _kinds(result: Result) -> list[str]:
 
 def _answers(results: list[Result], kind: str) -> np.ndarray:
     """[seeds, questions of this kind]."""
-    chosen = np.array([kind in (ALL, own) for own in results[0].kinds])
-    return np.stack([result.correct[chosen] for result in results])
+    return np.stack([result.answers(kind) for result in results])
 
 
 def teachers_flops(run: Run) -> float | None:
