@@ -55,9 +55,10 @@ class ModelSettings(Strict):
     """Build what a checkpoint of the authors' layout can hold (docs/model.md), so that export-released can write it."""
     connector: Literal["text_head", "random"] = "text_head"
     """Start of the connector: stage 1's text head, or random."""
-    text_path: Literal["connector", "residual", "direct"] = "connector"
+    text_path: Literal["connector", "residual", "gated", "direct"] = "connector"
     """How text enters the language model: through pre-decoder and connector, that plus the language model's own
-    embedding of the token, or as that embedding alone (pictures still meet it in the pre-decoder)."""
+    embedding of the token, the same behind a gate that starts closed, or as that embedding alone (pictures still meet
+    it in the pre-decoder)."""
     tower_layer: int = -2
     """Hidden state of the vision teacher that enters the MLP (fusion tower); later layers are left out."""
     patch_size: PositiveInt | None = None

@@ -93,7 +93,7 @@ class HaploPreDecoderConfig(HaploDecoderConfig):
 
 
 FUSIONS = ("early", "tower", "patches")
-TEXT_PATHS = ("connector", "residual", "direct")
+TEXT_PATHS = ("connector", "residual", "gated", "direct")
 
 
 class HaploConfig(PretrainedConfig):
@@ -102,7 +102,8 @@ class HaploConfig(PretrainedConfig):
     `fusion`: `early` is HaploVL, with patches and text together in a pre-decoder. `tower` is LLaVA's: pictures go
     through the vision transformer of `vision_config` and a two-layer MLP into the language model. `patches` is SOLO's:
     they go there through one linear layer. `text_path` is how text leaves the pre-decoder (early only): through the
-    `connector`, that plus the word's own embedding (`residual`), or as that embedding (`direct`).
+    `connector`, that plus the word's own embedding (`residual`), the same with a learned factor on every channel of
+    the connector's output that starts at zero (`gated`), or as that embedding alone (`direct`).
     `text_config` is any transformers causal language model's configuration; the model uses that model's own class.
     `image_token_id` and `video_token_id` mark every position of the sequence that a token of an image or of a video
     fills. `text_projection` off means text embeddings of the pre-decoder's own width (the released layout).
@@ -127,7 +128,7 @@ class HaploConfig(PretrainedConfig):
         connector_bias: bool = True,
         frame_newlines: bool = True,
         fusion: Literal["early", "tower", "patches"] = "early",
-        text_path: Literal["connector", "residual", "direct"] = "connector",
+        text_path: Literal["connector", "residual", "gated", "direct"] = "connector",
         vision_config: dict | PretrainedConfig | None = None,
         **kwargs: Any,
     ) -> None:

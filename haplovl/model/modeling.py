@@ -45,6 +45,8 @@ class HaploPreTrainedModel(StrictLoading, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, HaploTextGate) and not getattr(module.weight, "_is_hf_initialized", False):
+            module.weight.zero_()
         if isinstance(module, HaploImageEmbedding):
             for name in ("position", "class_token", "class_position", "newline"):
                 parameter = getattr(module, name)
@@ -69,11 +71,27 @@ class HaploPreTrainedModel(StrictLoading, PreTrainedModel):
         return self
 
 
+class HaploTextGate(nn.Module):
+    """A factor on every channel of what the connector gives for text, 0 at first: [..., H] → [..., H].
+
+    The language model then starts with the words that it knows, and takes in what the pre-decoder makes of them as far
+    as it learns to (text_path `gated`; the gates of Flamingo, arXiv 2204.14198, section 3.1, one for each channel).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
 class HaploModel(HaploPreTrainedModel):
     """Embeddings, pre-decoder, connector and the language model without its head.
 
     Parts that a fusion does not have are None: `tower` in all but the tower's, `image_embedding` there;
-    `text_projection` and `pre_decoder` in all but early fusion, `connector` with raw patches.
+    `text_projection` and `pre_decoder` in all but early fusion, `connector` with raw patches, `text_gate` but for
+    text_path `gated`.
     """
 
     def __init__(self, config: HaploConfig) -> None:
@@ -83,7 +101,7 @@ class HaploModel(HaploPreTrainedModel):
         self.language_model = AutoModel.from_config(text)
         self.tower = HaploTower(config.vision_config) if config.fusion == "tower" else None
         self.image_embedding = HaploImageEmbedding(pre) if self.tower is None else None
-        self.text_projection = self.text_embedding = self.pre_decoder = self.connector = None
+        self.text_projection = self.text_embedding = self.pre_decoder = self.connector = self.text_gate = None
         if config.fusion == "early":
             if config.text_projection:
                 self.text_projection = nn.Linear(text.hidden_size, pre.hidden_size)
@@ -91,6 +109,7 @@ class HaploModel(HaploPreTrainedModel):
                 self.text_embedding = nn.Embedding(text.vocab_size, pre.hidden_size, padding_idx=text.pad_token_id)
             self.pre_decoder = HaploPreDecoder(pre, first_cache_index=text.num_hidden_layers)
             self.connector = nn.Linear(pre.hidden_size, text.hidden_size, bias=config.connector_bias)
+            self.text_gate = HaploTextGate(text.hidden_size) if config.text_path == "gated" else None
         elif self.tower is not None:
             self.connector = HaploProjector(pre.hidden_size, text.hidden_size)
         self.post_init()
@@ -270,8 +289,11 @@ class HaploModel(HaploPreTrainedModel):
         """Text tokens with, or as, the language model's own embeddings; image tokens as they are. [B, L, H]."""
         words = self._words(input_ids, media).to(x.dtype)
         is_media = (media.blocks_or_text(input_ids) >= 0)[..., None]
+        text = words
+        if self.config.text_path != "direct":
+            text = words + (x if self.text_gate is None else self.text_gate(x))
         # A choice rather than an assignment: every weight takes part, also where a batch is text alone.
-        return torch.where(is_media, x, words if self.config.text_path == "direct" else x + words)
+        return torch.where(is_media, x, text)
 
     def _pre_backend(self) -> str:
         """The pre-decoder's backend is the model's own; transformers' flash functions read it in `pre_config`."""

@@ -190,7 +190,7 @@ def _weights(model: nn.Module) -> dict[str, int]:
         "embeddings": [core.image_embedding, core.text_projection, core.text_embedding],
         "tower": [core.tower],
         "pre_decoder": [core.pre_decoder],
-        "connector": [core.connector],
+        "connector": [core.connector, core.text_gate],
         "language_model": [core.language_model, model.lm_head],
     }
     return {

@@ -103,6 +103,7 @@ def test_whatever_the_rotary_increments_of_images(
         {"fusion": "patches", "patch_size": 8},
         {"fusion": "patches", "patch_size": 8, "post_mask": "causal"},
         {"text_path": "residual"},
+        {"text_path": "gated"},
         {"text_path": "direct"},
     ],
     ids=lambda design: " ".join(map(str, design.values())),

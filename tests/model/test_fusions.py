@@ -31,6 +31,7 @@ VARIANTS = {
     "patches": {"fusion": "patches", "image_size": 48, "patch_size": 8},
     "patches mixed": {"fusion": "patches", "image_size": 48, "patch_size": 8, "post_mask": "mixed"},
     "residual": {"image_size": 32, "text_path": "residual"},
+    "gated": {"image_size": 32, "text_path": "gated"},
     "direct": {"image_size": 32, "text_path": "direct"},
 }
 
@@ -57,6 +58,8 @@ def build(vision, language, tokenizer):
             for part in (model.model.connector, model.model.image_embedding):
                 for parameter in part.parameters() if part is not None else ():
                     parameter.mul_(4)
+            if model.model.text_gate is not None:
+                model.model.text_gate.weight.normal_()
         return model, processor
 
     return make
@@ -211,8 +214,11 @@ def test_whole_pictures_may_be_given_without_grids(build):
 
 
 # --- the path of text -----------------------------------------------------------------------------------------------
-def test_direct_text_reaches_the_language_model_unchanged(build, language, inputs):
-    model, processor = build("direct")
+@pytest.mark.parametrize("path", ["direct", "gated"])
+def test_text_reaches_the_language_model_unchanged(vision, language, tokenizer, path):
+    settings = ModelSettings(**VARIANTS[path])  # a gate starts closed
+    processor = processor_of(settings, tokenizer)
+    model = inherit(vision, copy.deepcopy(language), settings, processor.image_token_id, len(tokenizer)).eval()
     words = processor(text=["Where is the 3? two", "yes"], padding=True, return_tensors="pt")
     real = words["attention_mask"].bool()
     with torch.inference_mode():
@@ -222,7 +228,7 @@ def test_direct_text_reaches_the_language_model_unchanged(build, language, input
         torch.testing.assert_close(model(**words).logits[real], alone[real], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("path", ["residual", "direct"])
+@pytest.mark.parametrize("path", ["residual", "gated", "direct"])
 def test_text_and_pictures_enter_the_language_model_as_said(build, inputs, path):
     model, processor = build(path)
     core, seen = model.model, {}
@@ -234,7 +240,8 @@ def test_text_and_pictures_enter_the_language_model_as_said(build, inputs, path)
     with torch.inference_mode():
         model(**batch)
         words = core.language_model.embed_tokens(batch["input_ids"])
-    expected = seen["connected"] + words if path == "residual" else words
+    gate = {"residual": 1.0, "gated": core.text_gate and core.text_gate.weight.detach(), "direct": 0.0}[path]
+    expected = words + gate * seen["connected"]
     is_image = (batch["input_ids"] == processor.image_token_id)[..., None]
     assert torch.equal(seen["entered"], torch.where(is_image, seen["connected"], expected))
 

@@ -134,6 +134,7 @@ VARIANTS = {
     "tower": {"fusion": "tower"},
     "patches": {"fusion": "patches", "patch_size": 8},
     "residual": {"text_path": "residual"},
+    "gated": {"text_path": "gated"},
     "direct": {"text_path": "direct"},
 }
 PARTS = ("tower", "image_embedding", "text_projection", "pre_decoder", "connector", "language_model", "lm_head")
