@@ -40,9 +40,11 @@ serve: $(READY)
 drill: $(READY)
 	@$(BIN)/python benchmarks/drill.py
 
-# Both go on where they were interrupted; JOBS=1 trains one recipe at a time.
+# Both go on where they were interrupted; JOBS=1 trains one recipe at a time. Unless COMPUTE or HAPLOVL_COMPUTE says
+# otherwise, a run has one core.
 compare ablations: $(READY)
-	@$(BIN)/python -m flows.compare $@ $(if $(JOBS),--jobs $(JOBS))
+	@$(BIN)/python -m flows.compare $@ $(if $(JOBS),--jobs $(JOBS)) \
+		$(if $(filter command environment,$(firstword $(origin COMPUTE))),--compute $(COMPUTE))
 
 test: $(READY)
 	@$(BIN)/python -m pytest -m "not slow and not harness and not infra"

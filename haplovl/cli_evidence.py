@@ -12,7 +12,9 @@ evidence = typer.Typer()
 comparison = typer.Typer(help="Single runs of `make compare` and `make ablations`.", no_args_is_help=True)
 evidence.add_typer(comparison, name="comparison")
 Group = Annotated[str, typer.Argument(help="compute (as much as the first recipe), samples (as many), or ablations.")]
-Recipe = Annotated[str, typer.Argument(help="A file of recipes/, without .yaml.")]
+Recipe = Annotated[
+    str, typer.Argument(help="A file of recipes/, or of recipes/ablations/ in that group, without .yaml.")
+]
 Seed = Annotated[int, typer.Argument(help="Moves the order of the data and what is drawn at random.")]
 
 

@@ -116,13 +116,29 @@ def _origins(candidate: dict[str, Any]) -> dict[str, Any]:
     return {**licence, **({"base_model": base} if base else {}), "datasets": named}
 
 
-def _introduction(candidate: dict[str, Any]) -> str:
-    return (
-        f"# {candidate['name']}\n\n"
+_KINDS = {
+    "early": (
         "A vision-language model that is one transformer: image patches and text tokens share one sequence from the\n"
-        "first layer, and no separate vision encoder runs. Architecture: HaploVL (arXiv 2503.14694). Tokens of one\n"
-        "image see each other both ways; everything else is causal."
-    )
+        "first layer, and no separate vision encoder runs. Architecture: HaploVL (arXiv 2503.14694)."
+    ),
+    "tower": (
+        "A vision-language model in two parts: a vision transformer reads pictures, and two linear layers bring what\n"
+        "it sees into a language model. Architecture: LLaVA-1.5 (arXiv 2310.03744)."
+    ),
+    "patches": (
+        "A vision-language model that is one transformer: image patches go through one linear layer into a language\n"
+        "model. Architecture: SOLO (arXiv 2407.06438)."
+    ),
+}
+_MASKS = {
+    "mixed": "Tokens of one\nimage see each other both ways; everything else is causal.",
+    "causal": "In the language model every token sees\nthose before it only.",
+}
+
+
+def _introduction(candidate: dict[str, Any]) -> str:
+    model = candidate["params"]["model"]
+    return f"# {candidate['name']}\n\n{_KINDS[model['fusion']]} {_MASKS[model['post_mask']]}"
 
 
 def _training(candidate: dict[str, Any]) -> str:

@@ -124,16 +124,19 @@ class RegisterSettings(Strict):
 
 
 class CompareSettings(Strict):
-    """`make compare`: recipes of recipes/ on equal terms; see docs/comparison.md."""
+    """`make compare`: recipes of recipes/ on equal terms; see docs/comparison.md.
 
-    changes: dict[str, Any] = {}
+    No key has a default: comparison/dvc.yaml reads them too, and finds what the file says only.
+    """
+
+    changes: dict[str, Any]
     """Changes to the settings of this file that all runs share, below those of their recipes: a size that many runs
     can afford."""
     recipes: Annotated[list[str], Field(min_length=2)]
     """The first one's compute is everybody's budget."""
-    samples: list[str] = []
+    samples: list[str]
     """Recipes that are also trained on as many records as the first one."""
-    ablations: list[str] = []
+    ablations: list[str]
     """Recipes of `make ablations`: the first one with a single switch changed, at the same compute."""
     seeds: Annotated[list[int], Field(min_length=1)]
 

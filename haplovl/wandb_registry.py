@@ -38,7 +38,7 @@ def follow(settings: RegisterSettings, version: str, stage: str) -> None:
         return
     place, reason = _linked_elsewhere(settings.name, settings.wandb_registry, version, stage)
     if reason:
-        print(f"W&B's registry does not follow; in git {stage} is {version} all the same: {reason}", file=sys.stderr)
+        print(f"git has {version} in {stage}; W&B's registry was not updated: {reason}", file=sys.stderr)
     else:
         print(f"W&B's registry: {stage} of {place} is {version}", file=sys.stderr)
 

@@ -2,6 +2,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from dvc.repo import Repo
 
 from haplovl import presets
 from haplovl.errors import UserError
@@ -23,6 +24,25 @@ def test_every_shipped_preset_loads_and_fits_its_rows(path):
     for teacher in (params.teachers.vision, params.teachers.language):
         # An id nobody confirmed would have to say so.
         assert teacher.kind != "hub" or teacher.revision != PLACEHOLDER or "git ls-remote" in path.read_text()
+
+
+@pytest.mark.parametrize("path", [Path("params.yaml"), *SHIPPED], ids=lambda path: path.stem)
+def test_dvc_finds_all_that_its_stages_read(path, tmp_path, monkeypatch):
+    """`dvc repro` reads every dvc.yaml, the comparison's too, and refuses where a parameter is not there."""
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(tmp_path)
+    for name in ("dvc.yaml", "comparison/dvc.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    (tmp_path / "params.yaml").write_bytes((root / path).read_bytes())
+    subprocess.run(["git", "init", "-q"], check=True)
+    Repo.init().close()
+    with Repo() as repo:
+        read = [stage for stage in repo.index.stages if stage.cmd]
+        assert {"stage1", "compute-train@haplovl-17"} <= {stage.name for stage in read}
+        for stage in read:
+            for params in stage.params:
+                params.save()  # raises where a key is missing
 
 
 @pytest.fixture

@@ -262,7 +262,7 @@ def test_what_fails_at_wandb_is_told_and_git_goes_on(project, asked, monkeypatch
     monkeypatch.setenv("FAILS", what)
     monkeypatch.setattr("haplovl.wandb_registry.TIMEOUT", 5 if what == "hang" else 60)
     output = said("promote")
-    assert f"in git prod is v0.0.1 all the same: {why}" in output and "s3cret" not in output
+    assert f"git has v0.0.1 in prod; W&B's registry was not updated: {why}" in output and "s3cret" not in output
     assert in_stage("haplovl", "prod") == "v0.0.1"
 
 
@@ -306,5 +306,5 @@ def test_without_a_network_git_decides_all_the_same(project):
     command = [sys.executable, "-m", "haplovl", "promote"]
     done = subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "W&B's registry does not follow; in git prod is v0.0.1 all the same: " in done.stderr
+    assert "git has v0.0.1 in prod; W&B's registry was not updated: " in done.stderr
     assert in_stage("haplovl", "prod") == "v0.0.1"

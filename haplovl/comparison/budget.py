@@ -55,7 +55,7 @@ def _whole(stage: Stage, seed: int, quantity: Quantity) -> float:
 
 
 def _of_each_step(stage: Stage, seed: int, quantity: Quantity, about: int) -> Iterator[float]:
-    """What a stage's steps take, one after another and without end; of `about` steps COUNTED_STEPS are counted."""
+    """What a stage's steps take, one after another and without end; of `about` steps some COUNTED_STEPS are counted."""
     batch, mixture, phases = stage.settings.batch, stage.settings.mixture, stage.settings.curriculum
     records = PreparedRecords("train", stage.processor)
     loader = PackedLoader(records, batch, mixture, seed, batch.rows, curriculum=phases)

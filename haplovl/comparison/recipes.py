@@ -33,8 +33,10 @@ def load_recipe(name: str, seed: int | None = None, params: Path = PARAMS_FILE) 
         hint = f"; did you mean '{near[0]}'?" if near else f"; there are none in {RECIPES}/"
         raise SettingsError(f"no recipe '{name}'{hint}")
     base = read_settings(params)
-    common = (base.get("compare") or {}).get("changes") or {}
-    merged = merge(merge(base, common), read_settings(files[name]))
+    if common := (base.get("compare") or {}).get("changes"):
+        base = merge(base, common)
+        validate_settings(base, Path(f"{params} (compare.changes)"), Params)
+    merged = merge(base, read_settings(files[name]))
     if seed is not None:
         merged["seed"] = seed
     return validate_settings(merged, files[name], Params)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from haplovl.comparison.recipes import load_recipe
-from haplovl.comparison.runs import STAGES, Run
+from haplovl.comparison.runs import COMPARISON, STAGES, Run
 from haplovl.errors import UserError
 from haplovl.evaluate.statistics import Difference, Interval, hierarchical_interval, holm, paired_difference
 from haplovl.files import TEACHERS, read_json, read_jsonl
@@ -95,7 +95,10 @@ def finished(runs: list[Run]) -> list[Result]:
     """
     results = [Result.read(run) for run in runs if (run.folder / "metrics/evaluation.json").is_file()]
     if not results:
-        raise UserError("no run of the comparison is finished yet; 'make compare' makes them")
+        recipes = ", ".join(dict.fromkeys(f"'{run.recipe}'" for run in runs))
+        raise UserError(
+            f"no run of {recipes} is finished yet in {COMPARISON}/{runs[0].group}/; 'make compare' makes them"
+        )
     for result in results:
         if result.digest != results[0].digest:
             raise UserError(

@@ -48,8 +48,7 @@ def train(run: Run) -> None:
     Raises:
         UserError: inputs are missing, the recipe is wrong, or a stage fails.
     """
-    if run.group not in GROUPS:
-        raise UserError(f"there is no group '{run.group}'; choose {', '.join(GROUPS)}")
+    _check_group(run)
     require(PREPARED / "manifest.json", "prepare")
     require(TEACHERS, "teachers")
     reference = load_recipe(load_compare().recipes[0], run.seed)
@@ -65,14 +64,20 @@ def train(run: Run) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Answers the held-out questions, and probes stage 1 where the recipe has one.
+    """Answers the held-out questions in the run's folder.
 
     Raises:
         UserError: the run is not trained, or a command fails.
     """
-    require(run.folder / "models" / "stage2", f"compare train {run.group} {run.recipe} {run.seed}")
+    _check_group(run)
+    require(run.folder / "models" / "stage2", f"comparison train {run.group} {run.recipe} {run.seed}")
     _link_shared(run.folder)
     _command(run, "evaluate")
+
+
+def _check_group(run: Run) -> None:
+    if run.group not in GROUPS:
+        raise UserError(f"there is no group '{run.group}'; choose {', '.join(GROUPS)}")
 
 
 def _link_shared(folder: Path) -> None:
