@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
+from settings_reference import TAG, every_setting, literals, read_tables
 
 from haplovl.data_settings import ScenesSource
 from haplovl.settings import ModelSettings, SettingsError, fingerprint, load_compute, load_params
@@ -167,3 +169,27 @@ def test_other_fusions_bring_their_own_defaults_and_survive_a_dump() -> None:
         assert ModelSettings(**settings.model_dump()) == settings
     assert ModelSettings(fusion="tower", image_size=32, post_mask="mixed").post_mask == "mixed"
     assert ModelSettings(image_size=32).post_mask == "mixed"
+
+
+def test_every_setting_is_in_the_reference() -> None:
+    """docs/settings.md lists every key in its place, with its default and what it may be, and no other key."""
+    tables, known = read_tables(REPO / "docs" / "settings.md"), set()
+    for section, tag, key, field in every_setting():
+        places = [
+            heading
+            for heading, rows in tables.items()
+            if key in rows and section in heading and (tag in (found := TAG.findall(heading)) or not found)
+        ]
+        where = f"`{key}` under {section} {tag}".rstrip()
+        assert places, f"docs/settings.md does not list {where}"
+        default, meaning = tables[places[-1]][key]
+        value = field.get_default(call_default_factory=True)
+        value = {} if isinstance(value, BaseModel) else list(value) if isinstance(value, tuple) else value
+        expected = "required" if field.is_required() else repr(value)
+        given = default if default == "required" else repr(yaml.safe_load(default.strip("`")))
+        assert given == expected, f"docs/settings.md has another default of {where}"
+        unnamed = [choice for choice in literals(field.annotation) if f"`{choice}`" not in meaning]
+        assert not unnamed, f"docs/settings.md does not name all that {where} may be"
+        known |= {(place, key) for place in places}
+    stale = {(heading, key) for heading, rows in tables.items() for key in rows} - known
+    assert not stale, "docs/settings.md lists what is no setting"
