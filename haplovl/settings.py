@@ -66,6 +66,12 @@ class TrainedVisionTeacher(Strict):
     """Neighbouring records that enter a batch together: hard negatives, where a source puts similar ones in a row."""
     learning_rate: PositiveFloat
 
+    @model_validator(mode="after")
+    def _a_batch_holds_a_group(self) -> "TrainedVisionTeacher":
+        if self.group > self.batch:
+            raise ValueError(f"group {self.group} is more than a batch of {self.batch}")
+        return self
+
 
 class TrainedLanguageTeacher(Strict):
     """A small Llama with its own byte-level BPE tokenizer trained here on the training text."""
@@ -201,6 +207,15 @@ class Params(Strict):
                     f"stage1.objective: distillation trains a pre-decoder, which model.fusion: {self.model.fusion} has "
                     "not; choose next_token or none"
                 )
+            losses = self.stage1.losses
+            if self.model.connector == "text_head" and not (losses.feature or losses.current_token):
+                raise ValueError(
+                    "model.connector: text_head is learnt by stage 1's losses feature and current_token, which both "
+                    "have weight 0; set it to random"
+                )
+            vision, layer = self.teachers.vision, self.stage1.vision_layer
+            if vision.kind == "train" and not -vision.layers - 1 <= layer <= vision.layers:
+                raise ValueError(f"stage1.vision_layer is {layer}, but the vision teacher has {vision.layers} layers")
             return self
         if self.model.connector == "text_head":
             raise ValueError(
@@ -256,13 +271,13 @@ class ComputeProfile(Strict):
     offload: Literal["none", "optimizer", "all"] = "none"
     """What rests in the memory of the CPU: optimiser states (ZeRO 1 to 3), or also the weights (ZeRO 3)."""
     activation_checkpointing: bool = False
-    """Recompute every layer in the backward pass: a quarter more work for a fraction of the memory."""
+    """Recompute every layer in the backward pass: a third more operations for a fraction of the memory."""
     micro_batch_rows: PositiveInt
     """Rows per forward pass on one process; the rest of a step's rows is gradient accumulation."""
     attention: Literal["sdpa", "eager", "documents", "flex_attention"] = "sdpa"
     """Attention backend of training: flex_attention on GPUs; on CPUs, documents for rows of long documents."""
     loader_workers: PositiveInt = 2
-    """Threads per process that decode pictures and pack rows beside the training step."""
+    """Threads per process that decode pictures beside the training step; one more packs rows."""
     accelerator: str | None = None
     """Name of one device as its maker calls it, for people."""
     memory_gib: PositiveFloat | None = None

@@ -12,17 +12,20 @@ Part = Literal["image_embedding", "tower", "text_projection", "pre_decoder", "co
 """Parts of the model that may have a learning rate of their own; the head belongs to the language model."""
 
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class OptimizerSettings(Strict):
     """AdamW with linear warm-up and cosine decay."""
 
     learning_rate: PositiveFloat
     min_learning_rate_share: Share = 0.0
-    """Learning rate at the last step as a share of the peak."""
+    """Learning rate that the cosine ends at, as a share of the peak."""
     rate_factors: dict[Part, Weight] = {}
     """Factors on the learning rate of single parts of the model; 0 freezes a part, 1 is the default."""
     warmup_share: Share = 0.03
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     max_grad_norm: PositiveFloat = 1.0
 
     @model_validator(mode="before")
@@ -51,7 +54,7 @@ class StageMixture(Strict):
     caption: Weight = 0.0
     text: Weight = 1.0
     interleaved: Share = 0.0
-    """Share of the documents that are built from several records (stage 1)."""
+    """Share of the documents that are built from several records."""
     sources: dict[str, Weight] = {}
     """Factors by source's name; `collect.sources` gives those that are not set here (`weight`)."""
 
