@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from haplovl.data_settings import CollectSettings, PositiveFloat, PositiveInt, PrepareSettings, Share, ValidateSettings
 from haplovl.model_settings import ModelSettings
@@ -239,6 +239,13 @@ class SlurmSettings(Strict):
     """How often a job that was stopped so may queue again."""
     options: list[Annotated[str, Field(pattern=r"^--\S")]] = []
     """Further options of sbatch, such as `--qos=long` or `--exclusive`."""
+
+    @field_validator("time_limit", mode="before")
+    @classmethod
+    def _is_in_quotes(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError("time_limit belongs in quotes: without them YAML reads 24:00:00 as the number 86400")
+        return value
 
 
 class SkySettings(Strict):

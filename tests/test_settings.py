@@ -154,6 +154,16 @@ def test_a_missing_file_says_where_to_run(tmp_path: Path, monkeypatch: pytest.Mo
         load_compute("moon")
 
 
+def test_a_time_that_yaml_makes_a_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    profile = (REPO / "infra/compute/slurm-4x8gpu.yaml").read_text()
+    Path("infra/compute").mkdir(parents=True)
+    profile = profile.replace("slurm-4x8gpu", "mine").replace("'24:00:00'", "24:00:00")
+    Path("infra/compute/mine.yaml").write_text(profile)
+    with pytest.raises(SettingsError, match="slurm.time_limit.*belongs in quotes"):
+        load_compute("mine")
+
+
 def test_fingerprint_ignores_key_order_and_sees_values() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
     params = load_params(REPO / "params.yaml")

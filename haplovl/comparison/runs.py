@@ -43,7 +43,7 @@ def planned(settings: CompareSettings, group: str) -> list[Run]:
 
 
 def train(run: Run) -> None:
-    """Trains both stages in the run's folder; what is there already goes on or is kept by the commands themselves.
+    """Trains both stages in the run's folder; one that was killed goes on from its last checkpoint.
 
     Raises:
         UserError: inputs are missing, the recipe is wrong, or a stage fails.

@@ -146,6 +146,10 @@ def dry_run(
                 model, blueprint.vision, settings.vision_layer, settings.temperature, settings.losses
             )  # fmt: skip
         objective.frozen_to(torch.device("meta"), dtype)
+        try:
+            freeze_parts(objective, settings.optimizer)  # it has fewer parts than the model
+        except ValueError as error:
+            raise UserError(f"stage1.{error}") from None
     else:
         objective = NextToken(model)
     parameters = {id(p): p for p in objective.parameters()}

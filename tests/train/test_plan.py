@@ -201,5 +201,11 @@ def test_other_designs_are_planned_as_well():
     first = plan_stage("stage1", params.model_copy(update=changes), compute)
     assert first.trained == llava.weights["connector"]  # LLaVA's first stage trains the projector alone
     assert first.flops.backward["tower"] == 0 < first.flops.forward["tower"]
+    optimizer = OptimizerSettings(learning_rate=1e-3, rate_factors={"language_model": 0.1})
+    with pytest.raises(
+        UserError, match="stage1.optimizer.rate_factors names 'language_model', which this model or stage"
+    ):
+        stage1 = params.stage1.model_copy(update={"optimizer": optimizer})
+        plan_stage("stage1", params.model_copy(update={"stage1": stage1}), compute)
     with pytest.raises(UserError, match="trains nothing in stage1"):
         plan_stage("stage1", params.model_copy(update={"stage1": NoStageSettings(objective="none")}), compute)
