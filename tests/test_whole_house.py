@@ -165,6 +165,8 @@ def test_the_comparison_trains_recipes_on_equal_terms_and_reports(flow_clone):
     step = max(float(row["stage2_flops"]) / int(row["stage2_steps"]) for row in rows.values())
     assert set(spent) == {"haplovl", "solo"} and abs(spent["solo"] - spent["haplovl"]) < step
     assert int(rows["solo"]["stage2_steps"]) > int(rows["haplovl"]["stage2_steps"])  # its steps are cheaper
+    tables = (root / "reports/comparison/tables.md").read_text()
+    assert f"| `solo` | {float(rows['solo']['all']):.3f} (" in tables and "| recipe | colour |" in tables
     page = (root / "reports/comparison/index.html").read_text()
     assert "Equal compute" in page and "Not finished yet" not in page
     assert "teachers' training included" in page and "unknown" not in page

@@ -1,4 +1,4 @@
-"""The comparison's report: a page that holds all it shows, and the same numbers as CSV."""
+"""The comparison's report: a page that holds all it shows, and the same numbers as CSV and Markdown."""
 
 import base64
 import csv
@@ -14,6 +14,7 @@ from rich.table import Table
 from haplovl.comparison.plots import MOST_SERIES, TERA, accuracy_chart, lead_chart, learning_curves
 from haplovl.comparison.results import ALL, Result, Summary, finished, summarise
 from haplovl.comparison.runs import GROUPS, Run, planned
+from haplovl.comparison.tables import markdown
 from haplovl.errors import UserError
 from haplovl.files import REPORTS, whole_folder, write_whole
 from haplovl.settings import CompareSettings, load_compare
@@ -44,6 +45,8 @@ def write_report(groups: Sequence[str] | None = None) -> None:
         _write_csv(folder / "runs.csv", _once(row for view in views.values() for row in _run_rows(view)))
         _write_csv(folder / "summary.csv", [row for name, view in views.items() for row in _summary_rows(name, view)])
         _write_csv(folder / "curves.csv", _once(row for view in views.values() for row in _curve_rows(view)))
+        tables = [markdown(TITLES[name], view, settings.recipes[0]) for name, view in views.items()]
+        write_whole(folder / "tables.md", "\n".join(tables))
         write_whole(folder / "index.html", _page(settings, views))
     console = Console()
     for name, view in views.items():
