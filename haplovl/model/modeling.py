@@ -21,7 +21,8 @@ from haplovl.model.layout import ImageGrid
 from haplovl.model.loading import StrictLoading
 from haplovl.model.media import Media
 from haplovl.model.outputs import HaploCausalLMOutput, HaploModelOutput
-from haplovl.model.tower import HaploProjector, HaploTower
+from haplovl.model.projections import HaploProjector, HaploTextGate
+from haplovl.model.tower import HaploTower
 
 
 class HaploPreTrainedModel(StrictLoading, PreTrainedModel):
@@ -69,21 +70,6 @@ class HaploPreTrainedModel(StrictLoading, PreTrainedModel):
                 if moved.dtype != buffer.dtype and not buffer.is_meta:
                     setattr(module, name, buffer.to(moved.device))
         return self
-
-
-class HaploTextGate(nn.Module):
-    """A factor on every channel of what the connector gives for text, 0 at first: [..., H] → [..., H].
-
-    The language model then starts with the words that it knows, and takes in what the pre-decoder makes of them as far
-    as it learns to (text_path `gated`; the gates of Flamingo, arXiv 2204.14198, section 3.1, one for each channel).
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.weight
 
 
 class HaploModel(HaploPreTrainedModel):

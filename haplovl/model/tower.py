@@ -1,4 +1,4 @@
-"""The compositional design (LLaVA-1.5): a vision tower over pictures alone, and the MLP that leads out of it."""
+"""The vision tower of the compositional design (LLaVA-1.5), over pictures alone."""
 
 from collections.abc import Sequence
 
@@ -45,17 +45,3 @@ class HaploTower(nn.Module):
         tile = like.new_zeros(1, own.num_channels, own.image_size, own.image_size)
         side = own.image_size // own.patch_size
         return self(tile, [single_tile(side, side)])
-
-
-class HaploProjector(nn.Module):
-    """The connector of a tower: linear, GELU, linear, with biases (LLaVA-1.5, arXiv 2310.03744)."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(inputs, outputs)
-        self.activation = nn.GELU()
-        self.linear_2 = nn.Linear(outputs, outputs)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., tower width] → [..., language model's width]."""
-        return self.linear_2(self.activation(self.linear_1(x)))
