@@ -73,6 +73,12 @@ class HaploImageEmbedding(nn.Module):
         self.class_position = nn.Parameter(torch.zeros(width)) if config.class_token else None
         self.newline = nn.Parameter(torch.zeros(width)) if config.image_newline else None
 
+    def start(self, std: float) -> None:
+        """Draws positions, class and newline tokens anew, except those that were loaded."""
+        for parameter in (self.position, self.class_token, self.class_position, self.newline):
+            if parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
+                parameter.normal_(std=std)
+
     def patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Cuts tiles into flat patches: [T, C, H, W] → [T, rows, columns, C·p·p], in a convolution's order."""
         size = self.config.patch_size

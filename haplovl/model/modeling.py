@@ -46,13 +46,8 @@ class HaploPreTrainedModel(StrictLoading, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, HaploTextGate) and not getattr(module.weight, "_is_hf_initialized", False):
-            module.weight.zero_()
-        if isinstance(module, HaploImageEmbedding):
-            for name in ("position", "class_token", "class_position", "newline"):
-                parameter = getattr(module, name)
-                if parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
-                    parameter.normal_(std=self.config.pre_config.initializer_range)
+        if isinstance(module, HaploImageEmbedding | HaploTextGate):
+            module.start(self.config.pre_config.initializer_range)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
         super()._set_gradient_checkpointing(enable, keep_exact_kernels(gradient_checkpointing_func), **kwargs)
@@ -75,9 +70,9 @@ class HaploPreTrainedModel(StrictLoading, PreTrainedModel):
 class HaploModel(HaploPreTrainedModel):
     """Embeddings, pre-decoder, connector and the language model without its head.
 
-    Parts that a fusion does not have are None: `tower` in all but the tower's, `image_embedding` there;
-    `text_projection` and `pre_decoder` in all but early fusion, `connector` with raw patches, `text_gate` but for
-    text_path `gated`.
+    Parts that a design does not have are None: `tower` in all but the tower's, `image_embedding` there;
+    `text_projection` and `pre_decoder` in all but early fusion, `connector` with raw patches, `text_gate` where text
+    takes one path alone.
     """
 
     def __init__(self, config: HaploConfig) -> None:
@@ -95,7 +90,7 @@ class HaploModel(HaploPreTrainedModel):
                 self.text_embedding = nn.Embedding(text.vocab_size, pre.hidden_size, padding_idx=text.pad_token_id)
             self.pre_decoder = HaploPreDecoder(pre, first_cache_index=text.num_hidden_layers)
             self.connector = nn.Linear(pre.hidden_size, text.hidden_size, bias=config.connector_bias)
-            self.text_gate = HaploTextGate(text.hidden_size) if config.text_path == "gated" else None
+            self.text_gate = {"residual": nn.Identity(), "gated": HaploTextGate(text.hidden_size)}.get(config.text_path)
         elif self.tower is not None:
             self.connector = HaploProjector(pre.hidden_size, text.hidden_size)
         self.post_init()
@@ -275,11 +270,8 @@ class HaploModel(HaploPreTrainedModel):
         """Text tokens with, or as, the language model's own embeddings; image tokens as they are. [B, L, H]."""
         words = self._words(input_ids, media).to(x.dtype)
         is_media = (media.blocks_or_text(input_ids) >= 0)[..., None]
-        text = words
-        if self.config.text_path != "direct":
-            text = words + (x if self.text_gate is None else self.text_gate(x))
         # A choice rather than an assignment: every weight takes part, also where a batch is text alone.
-        return torch.where(is_media, x, text)
+        return torch.where(is_media, x, words if self.text_gate is None else words + self.text_gate(x))
 
     def _pre_backend(self) -> str:
         """The pre-decoder's backend is the model's own; transformers' flash functions read it in `pre_config`."""

@@ -29,5 +29,10 @@ class HaploTextGate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
 
+    def start(self, _: float) -> None:
+        """Closes the gate, unless its weight was loaded."""
+        if not getattr(self.weight, "_is_hf_initialized", False):
+            self.weight.zero_()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.weight
