@@ -1,6 +1,6 @@
 """The charts of the comparison as SVG text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import matplotlib
 import numpy as np
@@ -16,15 +16,21 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 TERA = 1e12
 
 
-def accuracy_chart(summaries: Sequence[Summary]) -> str:
+def looks(recipes: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each recipe, so that it looks the same in every chart."""
+    own = enumerate(dict.fromkeys(recipes))
+    return {recipe: (COLOURS[number % MOST_SERIES], MARKERS[number % MOST_SERIES]) for number, recipe in own}
+
+
+def accuracy_chart(summaries: Sequence[Summary], look: dict[str, tuple[str, str]]) -> str:
     """Accuracy of every recipe by question type with 95 % intervals; a dot for every seed where there are several."""
     kinds = [*(kind for kind in summaries[0].accuracy if kind != ALL), ALL]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(10.0, 1.6 * len(kinds)), 4.2), layout="constrained")
         axes = figure.add_subplot()
         shifts = np.linspace(-0.34, 0.34, len(summaries)) if len(summaries) > 1 else [0.0]
-        for number, (summary, shift) in enumerate(zip(summaries, shifts, strict=True)):
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        for summary, shift in zip(summaries, shifts, strict=True):
+            colour, marker = look[summary.recipe]
             means = [summary.accuracy[kind].mean for kind in kinds]
             ends = [(summary.accuracy[kind].low, summary.accuracy[kind].high) for kind in kinds]
             spread = np.array([(m - low, high - m) for m, (low, high) in zip(means, ends, strict=True)]).T
@@ -44,7 +50,7 @@ def accuracy_chart(summaries: Sequence[Summary]) -> str:
         return as_svg(figure)
 
 
-def learning_curves(summaries: Sequence[Summary], with_teachers: bool = False) -> str:
+def learning_curves(summaries: Sequence[Summary], look: dict[str, tuple[str, str]], with_teachers: bool = False) -> str:
     """Held-out loss of stage 2 against the operations spent: mean over seeds, and the range between them.
 
     Stage 1 is spent before the first point. `with_teachers` adds what the training of the recipe's teachers took,
@@ -53,7 +59,7 @@ def learning_curves(summaries: Sequence[Summary], with_teachers: bool = False) -
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 4.0), layout="constrained")
         axes = figure.add_subplot()
-        for number, summary in enumerate(summaries):
+        for summary in summaries:
             curves = [np.array(result.curve) for result in summary.results if result.curve]
             if not curves:
                 continue
@@ -61,11 +67,11 @@ def learning_curves(summaries: Sequence[Summary], with_teachers: bool = False) -
             spent = np.mean([curve[:points, 0] for curve in curves], axis=0)
             spent = (spent + ((summary.teachers_flops or 0.0) if with_teachers else 0.0)) / TERA
             losses = np.stack([curve[:points, 1] for curve in curves])
-            colour = COLOURS[number % len(COLOURS)]
+            colour, marker = look[summary.recipe]
             axes.fill_between(spent, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)
             axes.plot(
-                spent, losses.mean(axis=0), color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4,
-                linewidth=1.6, label=summary.recipe,
+                spent, losses.mean(axis=0), color=colour, marker=marker, markersize=4, linewidth=1.6,
+                label=summary.recipe,
             )  # fmt: skip
         what = "teachers' training, both stages" if with_teachers else "both stages"
         axes.set(xlabel=f"operations spent, TFLOP ({what})", ylabel="held-out loss, nats per token")

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from haplovl.comparison.plots import MOST_SERIES, TERA, accuracy_chart, lead_chart, learning_curves
+from haplovl.comparison.plots import MOST_SERIES, TERA, accuracy_chart, lead_chart, learning_curves, looks
 from haplovl.comparison.results import ALL, Result, Summary, finished, summarise
 from haplovl.comparison.runs import GROUPS, Run, planned
 from haplovl.comparison.tables import markdown
@@ -91,16 +91,18 @@ def _page(settings: CompareSettings, views: dict[str, list[Summary]]) -> str:
     environment = Environment(
         loader=PackageLoader("haplovl.comparison", "."), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )
+    named = {name: [summary.recipe for summary in view] for name, view in views.items()}
+    look = {name: looks(own if name == "ablations" else [*settings.recipes, *own]) for name, own in named.items()}
     sections = [
         {
             "name": name,
             "title": TITLES[name],
             "summaries": view,
             "kinds": [*(kind for kind in view[0].accuracy if kind != ALL), ALL],
-            "accuracy": _uri(accuracy_chart(view)) if len(view) <= MOST_SERIES else None,
+            "accuracy": _uri(accuracy_chart(view, look[name])) if len(view) <= MOST_SERIES else None,
             "leads": _uri(lead_chart(view, settings.recipes[0])) if len(view) > 1 else None,
-            "curves": _uri(learning_curves(view)) if len(view) <= MOST_SERIES else None,
-            "curves_with_teachers": _with_teachers(view) if name == "compute" else None,
+            "curves": _uri(learning_curves(view, look[name])) if len(view) <= MOST_SERIES else None,
+            "curves_with_teachers": _with_teachers(view, look[name]) if name == "compute" else None,
             "missing": _missing(settings, name, view),
         }
         for name, view in views.items()
@@ -110,16 +112,21 @@ def _page(settings: CompareSettings, views: dict[str, list[Summary]]) -> str:
     )
 
 
-def _with_teachers(view: list[Summary]) -> str:
+def _with_teachers(view: list[Summary], look: dict[str, tuple[str, str]]) -> str:
     """Learning curves with the teachers' training; empty where that of one is unknown, as the axis would be wrong."""
     known = all(summary.teachers_flops is not None for summary in view)
-    return _uri(learning_curves(view, with_teachers=True)) if known else ""
+    return _uri(learning_curves(view, look, with_teachers=True)) if known else ""
 
 
 def _missing(settings: CompareSettings, group: str, view: list[Summary]) -> list[str]:
-    """Runs of the group that are not finished."""
+    """Recipes of the group that are not finished, with the seeds that are not, unless it is all of them."""
     done = {(result.run.recipe, result.run.seed) for summary in view for result in summary.results}
-    return [f"{run.recipe}-{run.seed}" for run in planned(settings, group) if (run.recipe, run.seed) not in done]
+    seeds: dict[str, list[str]] = {}
+    for run in planned(settings, group):
+        if (run.recipe, run.seed) not in done:
+            seeds.setdefault(run.recipe, []).append(str(run.seed))
+    some = {recipe: f" (seed {', '.join(own)})" for recipe, own in seeds.items() if len(own) < len(settings.seeds)}
+    return [recipe + some.get(recipe, "") for recipe in seeds]
 
 
 def _uri(svg: str) -> str:
