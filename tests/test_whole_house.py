@@ -192,11 +192,13 @@ def stopped_at(pattern: str, command: list[str], root: Path) -> str:
     env = {**os.environ, "DVC_NO_ANALYTICS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
     process, said = subprocess.Popen(command, cwd=root, env=env, text=True, **pipes), ""
-    for line in process.stdout:
-        said += line
-        if re.search(pattern, line):
-            break
-    process.send_signal(signal.SIGTERM)
+    try:
+        for line in process.stdout:
+            said += line
+            if re.search(pattern, line):
+                break
+    finally:
+        process.send_signal(signal.SIGTERM)
     said += process.stdout.read()
     assert process.wait() == 1 and "interrupted; run the same command again" in said[-500:], said[-4000:]
     return said
@@ -207,7 +209,7 @@ def test_a_comparison_told_to_stop_keeps_its_checkpoints_and_goes_on(flow_clone)
     root = flow_clone[0]
     path = root / "params.yaml"
     params = yaml.safe_load(path.read_text())
-    params["compare"]["changes"] = {"stage2": {"steps": 50_000}}  # half an hour: nothing ends by itself
+    params["compare"]["changes"] = {"stage2": {"steps": 50_000}}  # nothing ends by itself
     path.write_text(yaml.safe_dump(params, sort_keys=False))
     command = [sys.executable, "-m", "flows.compare", "ablations"]
     said = stopped_at(r"stage2 \[.*/50000", command, root)
