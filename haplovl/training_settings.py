@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from haplovl.data_settings import PositiveFloat, PositiveInt, Share
+from haplovl.errors import UserError
 from haplovl.strict import Strict
 
 Weight = Annotated[float, Field(ge=0.0)]
@@ -104,6 +105,17 @@ class DistillationSettings(StageSettings):
     temperature: PositiveFloat = 1.0
     """tau of the current-token prediction."""
     losses: DistillationLosses = DistillationLosses()
+
+    def taught_state(self, states: int) -> int:
+        """Which of the vision teacher's hidden states `vision_layer` names, counted from the embeddings' 0.
+
+        Raises:
+            UserError: it has no such state.
+        """
+        layer = self.vision_layer
+        if not -states <= layer < states:
+            raise UserError(f"stage1.vision_layer is {layer}, but the vision teacher has {states} hidden states")
+        return layer % states
 
 
 class PretrainingSettings(StageSettings):

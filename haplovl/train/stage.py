@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from haplovl.errors import UserError
 from haplovl.files import HEADS, PREPARED, STAGE1, STAGE2, TEACHERS, require, sha256_of, sha256_of_folder, whole_folder
 from haplovl.model import HaploForConditionalGeneration, HaploProcessor
-from haplovl.model.inherit import inherit
+from haplovl.model.inherit import inherit, vision_part
 from haplovl.records import write_jsonl
 from haplovl.settings import DistillationSettings, Params, Stage1Settings, Stage2Settings, StageSettings, fingerprint
 from haplovl.teachers import load_language, load_vision, recipe_processor, seed_everything
@@ -80,12 +79,6 @@ def stage_identity(name: str, params: Params, start: str | None = None) -> dict[
     }
 
 
-def _check_vision_layer(vision: PreTrainedModel, layer: int) -> None:
-    states = getattr(vision.config, "vision_config", vision.config).num_hidden_layers + 1  # the embeddings are state 0
-    if not -states <= layer < states:
-        raise UserError(f"stage1.vision_layer is {layer}, but the vision teacher has {states} hidden states")
-
-
 def _stage1(params: Params) -> tuple[Any, ...]:
     processor = recipe_processor(params)
     vision = load_vision(TEACHERS / "vision")
@@ -100,7 +93,7 @@ def _stage1(params: Params) -> tuple[Any, ...]:
 
     def objective(settings: StageSettings) -> tuple[nn.Module, StepFlops]:
         if isinstance(settings, DistillationSettings):
-            _check_vision_layer(vision, settings.vision_layer)
+            settings.taught_state(vision_part(vision.config).num_hidden_layers + 1)
             made = Distillation(model, vision, settings.vision_layer, settings.temperature, settings.losses)
             _freeze(made, settings, "stage1")
             return made, StepFlops.stage1(model, vision.config)

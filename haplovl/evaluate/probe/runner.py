@@ -58,7 +58,7 @@ def measure(params: Params, root: Path) -> tuple[dict[str, Any], list[list[float
     subject = load_subject(root)
     records = PreparedRecords(split, subject.processor, root / PREPARED)
     chosen = spread(len(records), params.probe.records)
-    target = _target(subject, params)
+    target = params.stage1.taught_state(subject.layers[1])
     with reporter("held-out records", len(chosen)) as report:
         seen, words = in_records(subject, records, chosen, target, params.probe.batch, report.update)
     alone, cka = _alone(subject, params, root, split, target)
@@ -84,14 +84,6 @@ def _held_out_split(root: Path) -> str:
     if split is None:
         raise UserError(f"{PREPARED} holds neither test nor validation records, so stage 1 cannot be measured")
     return split
-
-
-def _target(subject: Subject, params: Params) -> int:
-    """The teacher's hidden state that stage 1 taught, counted from 0."""
-    states, layer = subject.layers[1], params.stage1.vision_layer
-    if not -states <= layer < states:
-        raise UserError(f"stage1.vision_layer is {layer}, but the vision teacher has {states} hidden states")
-    return layer % states
 
 
 def _alone(
