@@ -56,15 +56,18 @@ def test_a_stage_with_another_objective_keeps_its_size_and_others_are_merged():
     [
         ("model: {fusoin: tower}", ["unknown key 'model.fusoin'", "did you mean 'fusion'?"]),
         ("stage1: {objective: next_token, steps: 3}", ["stage1.optimizer", "missing"]),
-        ("stage1: {objective: none}", ["model.connector: text_head is a head of the distillation"]),
         (
-            "stage1: {losses: {feature: 0.0, current_token: 0.0}}",
+            "model: {connector: text_head}\nstage1: {objective: none}",
+            ["model.connector: text_head is a head of the distillation"],
+        ),
+        (
+            "model: {connector: text_head}\nstage1: {losses: {feature: 0.0, current_token: 0.0}}",
             ["model.connector: text_head is learnt by", "both have weight 0"],
         ),
         ("stage1: {vision_layer: 5}", ["stage1.vision_layer is 5, but the vision teacher has 4 layers"]),
         ("teachers: {vision: {group: 97}}", ["group 97 is more than a batch of 96"]),
         ("stage2: {optimizer: {betas: [0.9, 1.0]}}", ["betas"]),
-        ("model: {fusion: tower, connector: random, pre_decoder_layers: null}", ["distillation trains"]),
+        ("model: {fusion: tower, text_path: connector, pre_decoder_layers: null}", ["distillation trains"]),
         ("stage2: {optimizer: {rate_factors: {tail: 0.0}}}", ["rate_factors"]),
     ],
 )

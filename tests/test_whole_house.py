@@ -23,7 +23,7 @@ SMALL = {
     "probe": {"records": 20, "zero_shot_pictures": 60, "fit_pictures": 60},
     "evaluate": {"questions_per_type": 10},
     "register": {"min_accuracy": 0.0, "min_margin": -1.0},
-    "compare": {"changes": {}, "recipes": ["haplovl", "solo"], "samples": [], "ablations": ["connector-random"],
+    "compare": {"changes": {}, "recipes": ["haplovl", "solo"], "samples": [], "ablations": ["text-connector"],
                 "seeds": [17]},
 }  # fmt: skip
 STAGES = ["collect", "validate", "teachers", "prepare", "stage1", "probe", "stage2", "evaluate", "register"]
