@@ -25,6 +25,8 @@ from flows.pipeline import (
     task,
 )
 from flows.stages import Project, Stage, end_all, may_help_again, run_stage
+from haplovl.comparison.recipes import load_recipe
+from haplovl.comparison.runs import planned
 from haplovl.errors import UserError
 from haplovl.settings import load_compare, load_compute
 
@@ -137,6 +139,9 @@ def main() -> None:
     options = parser.parse_args()
     try:
         load_compute(options.compute)
+        for group in ("compute", *GROUPS[options.what]):
+            for run in planned(load_compare(), group):
+                load_recipe(run.recipe_file, run.seed)  # a recipe that is wrong is found before an hour of training
         SharedProject().stages(options.what)
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -155,12 +160,16 @@ def main() -> None:
         end_all()
     if STOPPING.is_set():
         sys.exit("\ninterrupted; run the same command again to go on from the last finished run or checkpoint")
-    if not state.is_completed():
-        sys.exit(f"error: {state.message}")
-    print(f"haplovl-compare: {state.message}", flush=True)
+    said = f"haplovl-compare: {state.message}" if state.is_completed() else f"error: {state.message}"
+    print(said, file=sys.stdout if state.is_completed() else sys.stderr, flush=True)
     from haplovl.comparison.report import write_report
 
-    write_report()
+    try:
+        write_report()  # of what is finished, also where a run failed
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    if not state.is_completed():
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,9 @@ def benchmark(
     data: Annotated[Path, typer.Argument(help="A folder with its Parquet or JSON files, or one of them.")],
     model: Model = Path("models/stage2"),
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first so many questions.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Default: reports/benchmarks/NAME.json.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Default: reports/benchmarks/NAME.json, NAME.first-N.json with a limit.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions that are answered at a time.")] = 64,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer, in tokens; default: lmms-eval's, at most 128.")

@@ -48,11 +48,21 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def write_whole(target: Path, text: str) -> None:
-    """Writes a text file in one step: readers see the old content or all of the new one."""
+    """Writes a text file in one step: readers see the old content or all of the new one.
+
+    Raises:
+        UserError: a folder is in its place.
+    """
+    if target.is_dir():
+        raise UserError(f"{target} is a folder and cannot be written as a file")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(target: Path, value: Any) -> None:
@@ -79,7 +89,8 @@ def read_jsonl(path: Path) -> list[Any]:
         UserError: the file is missing or damaged.
     """
     try:
-        return [json.loads(line) for line in require(path).read_text(encoding="utf-8").splitlines() if line]
+        # Not splitlines(): it would also cut at U+2028 and the like, which JSON allows inside a string.
+        return [json.loads(line) for line in require(path).read_text(encoding="utf-8").split("\n") if line]
     except ValueError as error:
         raise UserError(f"{path} does not hold JSON lines: {error}") from None
 

@@ -7,6 +7,7 @@ Unknown keys, mistyped keys and wrong types are errors that name the key and the
 import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -138,6 +139,8 @@ class CompareSettings(Strict):
     changes: dict[str, Any]
     """Changes to the settings of this file that all runs share, below those of their recipes: a size that many runs
     can afford."""
+    recipe_changes: dict[str, dict[str, Any]]
+    """Changes to single recipes, by name, on top of what their files say: sizes that follow from this file's."""
     recipes: Annotated[list[str], Field(min_length=2)]
     """The first one's compute is everybody's budget."""
     samples: list[str]
@@ -145,6 +148,13 @@ class CompareSettings(Strict):
     ablations: list[str]
     """Recipes of `make ablations`: the first one with a single switch changed, at the same compute."""
     seeds: Annotated[list[int], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_nothing_twice(self) -> "CompareSettings":
+        for name in ("recipes", "samples", "ablations", "seeds"):
+            if twice := [value for value, times in Counter(getattr(self, name)).items() if times > 1]:
+                raise ValueError(f"compare.{name} names {twice[0]} twice")
+        return self
 
 
 class Params(Strict):

@@ -6,14 +6,20 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from haplovl.comparison.results import ALL, Summary
+from haplovl.comparison.results import ALL, TERA, Summary
 from haplovl.evaluate.plots import FAINT, INK, RULE, STYLE, as_svg
 
 MOST_SERIES = 8
 """Recipes that one chart can tell apart."""
 COLOURS = ("#1f5f8b", "#c4663c", "#2a7f78", "#7a5aa6", "#a8862a", "#9c2f4f", "#4d6b2f", "#5b6470")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-TERA = 1e12
+
+
+def panels(summaries: Sequence[Summary]) -> list[list[Summary]]:
+    """The recipes in groups that a chart can tell apart, the first one in each."""
+    first, *others = summaries
+    starts = range(0, len(others), MOST_SERIES - 1) if others else [0]
+    return [[first, *others[start : start + MOST_SERIES - 1]] for start in starts]
 
 
 def looks(recipes: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -94,12 +100,13 @@ def lead_chart(summaries: Sequence[Summary], reference: str) -> str:
         for place, summary in enumerate(reversed(others)):
             lead = summary.lead[ALL]
             spread = [[100 * (lead.mean - lead.low)], [100 * (lead.high - lead.mean)]]
-            colour = COLOURS[0] if lead.real else FAINT
+            colour = COLOURS[0] if summary.p_adjusted < 0.05 else FAINT
             axes.errorbar([100 * lead.mean], [place], xerr=spread, fmt="o", color=colour, capsize=3, elinewidth=1.6)
         axes.set_yticks(range(len(others)), [summary.recipe for summary in reversed(others)], color=INK)
         axes.axvline(0, color=INK, linewidth=1)
         axes.set(
-            xlabel=f"points of exact match above {reference} (95 %; grey: within noise)", ylim=(-0.6, len(others) - 0.4)
+            xlabel=f"points of exact match above {reference} (95 %; grey: p of 0.05 or more, Holm)",
+            ylim=(-0.6, len(others) - 0.4),
         )
         axes.tick_params(length=0)
         axes.grid(axis="x", color=RULE, linewidth=0.7)

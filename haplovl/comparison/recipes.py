@@ -1,6 +1,7 @@
 """A recipe is data: a file of recipes/ that says what differs from params.yaml."""
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def recipe_files() -> dict[str, Path]:
 
 
 def load_recipe(name: str, seed: int | None = None, params: Path = PARAMS_FILE) -> Params:
-    """params.yaml with what all runs of the comparison change, then what the recipe changes, and perhaps another seed.
+    """params.yaml with what all runs of the comparison change, what the recipe changes, and perhaps another seed.
 
     Raises:
         SettingsError: no such recipe, or the two do not fit together.
@@ -37,9 +38,18 @@ def load_recipe(name: str, seed: int | None = None, params: Path = PARAMS_FILE) 
         base = merge(base, common)
         validate_settings(base, Path(f"{params} (compare.changes)"), Params)
     merged = merge(base, read_settings(files[name]))
+    merged = merge(merged, _own_changes(base, name, files))
     if seed is not None:
         merged["seed"] = seed
     return validate_settings(merged, files[name], Params)
+
+
+def _own_changes(base: dict[str, Any], name: str, files: Iterable[str]) -> dict[str, Any]:
+    """What `compare.recipe_changes` says of this recipe."""
+    changes = (base.get("compare") or {}).get("recipe_changes") or {}
+    if unknown := sorted(changes.keys() - {file.rpartition("/")[2] for file in files}):
+        raise SettingsError(f"compare.recipe_changes names '{unknown[0]}', which is no recipe of {RECIPES}/")
+    return changes.get(name.rpartition("/")[2], {})
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import base64
 import csv
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from haplovl.comparison.plots import MOST_SERIES, TERA, accuracy_chart, lead_chart, learning_curves, looks
-from haplovl.comparison.results import ALL, Result, Summary, finished, summarise
+from haplovl.comparison.plots import MOST_SERIES, accuracy_chart, lead_chart, learning_curves, looks, panels
+from haplovl.comparison.results import ALL, TERA, Result, Summary, finished, summarise
 from haplovl.comparison.runs import GROUPS, Run, planned
-from haplovl.comparison.tables import markdown
+from haplovl.comparison.tables import markdown, p_value
+from haplovl.comparison.terms import objection
 from haplovl.errors import UserError
 from haplovl.files import REPORTS, whole_folder, write_whole
 from haplovl.settings import CompareSettings, load_compare
@@ -25,6 +27,17 @@ TITLES = {
     "samples": "Equal samples",
     "ablations": "Ablations: one switch each, at equal compute",
 }
+
+
+@dataclass(frozen=True)
+class View:
+    """What a group's runs came to: the reference's summary first, then the others'."""
+
+    summaries: list[Summary]
+    missing: list[str]
+    """Recipes that are not finished, with their seeds unless it is all of them."""
+    left_out: list[str]
+    """Runs that are finished and not on equal terms, with the reason."""
 
 
 def write_report(groups: Sequence[str] | None = None) -> None:
@@ -38,19 +51,22 @@ def write_report(groups: Sequence[str] | None = None) -> None:
     settings = load_compare()
     if unknown := sorted(set(groups or ()) - set(GROUPS)):
         raise UserError(f"there is no group '{unknown[0]}'; choose {', '.join(GROUPS)}")
-    reference = finished([Run("compute", settings.recipes[0], seed) for seed in settings.seeds])
-    views = {group: _view(settings, group, reference) for group in groups or GROUPS}
-    views = {name: view for name, view in views.items() if groups or len(view) > 1}
+    reference = _reference(settings)
+    found = {group: _view(settings, group, reference) for group in groups or GROUPS}
+    shown = {name: view for name, view in found.items() if groups or len(view.summaries) > 1 or view.left_out}
+    views = {name: view.summaries for name, view in shown.items()}
     with whole_folder(REPORT) as folder:
         _write_csv(folder / "runs.csv", _once(row for view in views.values() for row in _run_rows(view)))
         _write_csv(folder / "summary.csv", [row for name, view in views.items() for row in _summary_rows(name, view)])
         _write_csv(folder / "curves.csv", _once(row for view in views.values() for row in _curve_rows(view)))
         tables = [markdown(TITLES[name], view, settings.recipes[0]) for name, view in views.items()]
         write_whole(folder / "tables.md", "\n".join(tables))
-        write_whole(folder / "index.html", _page(settings, views))
+        write_whole(folder / "index.html", _page(settings, shown))
     console = Console()
     for name, view in views.items():
         console.print(summary_table(TITLES[name], view))
+        for line in shown[name].left_out:
+            console.print(f"left out: {line}", markup=False, highlight=False)
     console.print(f"The report is {REPORT / 'index.html'}")
 
 
@@ -63,11 +79,22 @@ def _once(rows: Iterable[Any]) -> list[Any]:
     return known
 
 
-def _view(settings: CompareSettings, group: str, reference: list[Result]) -> list[Summary]:
-    """The summaries of a group; the reference comes first, whose compute and samples are everybody's."""
+def _reference(settings: CompareSettings) -> list[Result]:
+    """The first recipe's runs, whose compute and samples are everybody's; one that is out of date has no say."""
+    results = finished([Run("compute", settings.recipes[0], seed) for seed in settings.seeds])
+    for result in results:
+        if reason := objection(result, "compute", [result]):
+            raise UserError(f"{result.run.folder} {reason}; 'make compare' trains it again")
+    return results
+
+
+def _view(settings: CompareSettings, group: str, reference: list[Result]) -> View:
     own = [run for run in planned(settings, group) if run.recipe != settings.recipes[0]]
     results = finished([*(result.run for result in reference), *own])
-    return summarise(results, reference)
+    reasons = {result.run: objection(result, group, reference) for result in results}
+    left_out = [f"{run.folder} {reason}" for run, reason in reasons.items() if reason]
+    results = [result for result in results if not reasons[result.run]]
+    return View(summarise(results, reference), _missing(settings, group, set(reasons)), left_out)
 
 
 def summary_table(title: str, view: list[Summary]) -> Table:
@@ -81,46 +108,56 @@ def summary_table(title: str, view: list[Summary]) -> Table:
         leads = ("", "")
         if lead:
             points = f"{100 * lead.mean:+.0f} ({100 * lead.low:+.0f}…{100 * lead.high:+.0f})"
-            leads = (points, f"{summary.p_adjusted:.3f}")
+            leads = (points, p_value(summary.p_adjusted))
         accuracy = f"{own.mean:.3f} ({own.low:.2f}–{own.high:.2f})"
         table.add_row(summary.recipe, accuracy, *leads, f"{summary.mean('total_flops') / TERA:.1f}")
     return table
 
 
-def _page(settings: CompareSettings, views: dict[str, list[Summary]]) -> str:
+def _page(settings: CompareSettings, views: dict[str, View]) -> str:
     environment = Environment(
         loader=PackageLoader("haplovl.comparison", "."), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )
-    named = {name: [summary.recipe for summary in view] for name, view in views.items()}
-    look = {name: looks(own if name == "ablations" else [*settings.recipes, *own]) for name, own in named.items()}
-    sections = [
-        {
-            "name": name,
-            "title": TITLES[name],
-            "summaries": view,
-            "kinds": [*(kind for kind in view[0].accuracy if kind != ALL), ALL],
-            "accuracy": _uri(accuracy_chart(view, look[name])) if len(view) <= MOST_SERIES else None,
-            "leads": _uri(lead_chart(view, settings.recipes[0])) if len(view) > 1 else None,
-            "curves": _uri(learning_curves(view, look[name])) if len(view) <= MOST_SERIES else None,
-            "curves_with_teachers": _with_teachers(view, look[name]) if name == "compute" else None,
-            "missing": _missing(settings, name, view),
-        }
-        for name, view in views.items()
-    ]
+    sections = [_section(settings, name, view) for name, view in views.items()]
     return environment.get_template("report.html.j2").render(
-        sections=sections, reference=settings.recipes[0], seeds=settings.seeds, all=ALL, tera=TERA
+        sections=sections, reference=settings.recipes[0], seeds=settings.seeds, all=ALL, tera=TERA, p_value=p_value
     )
 
 
-def _with_teachers(view: list[Summary], look: dict[str, tuple[str, str]]) -> str:
-    """Learning curves with the teachers' training; empty where that of one is unknown, as the axis would be wrong."""
-    known = all(summary.teachers_flops is not None for summary in view)
-    return _uri(learning_curves(view, look, with_teachers=True)) if known else ""
+def _section(settings: CompareSettings, name: str, view: View) -> dict[str, Any]:
+    """What the page shows of a view; charts in several panels where one cannot tell all recipes apart."""
+    summaries = view.summaries
+    parts = [(part, _look(settings, name, part)) for part in panels(summaries)]
+    known = all(summary.teachers_flops is not None for summary in summaries)  # else the axis would be wrong
+    return {
+        "name": name,
+        "title": TITLES[name],
+        "summaries": summaries,
+        "kinds": [*(kind for kind in summaries[0].accuracy if kind != ALL), ALL],
+        "accuracy": [_uri(accuracy_chart(part, look)) for part, look in parts],
+        "leads": _uri(lead_chart(summaries, settings.recipes[0])) if len(summaries) > 1 else None,
+        "curves": [_uri(learning_curves(part, look)) for part, look in parts],
+        "curves_with_teachers": [
+            _uri(learning_curves(part, look, with_teachers=True)) for part, look in parts if name == "compute" and known
+        ],
+        "stage1": list(
+            dict.fromkeys(name for summary in summaries for result in summary.results for name in result.stage1)
+        ),
+        "missing": view.missing,
+        "left_out": view.left_out,
+    }
 
 
-def _missing(settings: CompareSettings, group: str, view: list[Summary]) -> list[str]:
+def _look(settings: CompareSettings, name: str, part: list[Summary]) -> dict[str, tuple[str, str]]:
+    """Colours and markers: a recipe keeps its own in all charts where there are enough of them."""
+    own = [summary.recipe for summary in part]
+    constant = list(dict.fromkeys([*settings.recipes, *settings.samples]))
+    return looks(own if name == "ablations" or len(constant) > MOST_SERIES else constant)
+
+
+def _missing(settings: CompareSettings, group: str, finished_runs: set[Run]) -> list[str]:
     """Recipes of the group that are not finished, with the seeds that are not, unless it is all of them."""
-    done = {(result.run.recipe, result.run.seed) for summary in view for result in summary.results}
+    done = {(run.recipe, run.seed) for run in finished_runs}
     seeds: dict[str, list[str]] = {}
     for run in planned(settings, group):
         if (run.recipe, run.seed) not in done:
@@ -153,12 +190,14 @@ def _run_rows(view: list[Summary]) -> Iterator[dict[str, Any]]:
                 **accuracy,
                 **{f"{stage}_steps": steps for stage, steps in result.steps.items()},
                 **{f"{stage}_flops": flops for stage, flops in result.flops.items()},
+                **{name: result.stage1.get(name, "") for name in STAGE1},
                 "teachers_flops": "" if summary.teachers_flops is None else summary.teachers_flops,
                 "records": result.records,
                 **{name: round(result.measured.get(name, float("nan")), 4) for name in MEASURED},
             }
 
 
+STAGE1 = ("cosine to the teacher", "current token")
 MEASURED = ("step_seconds", "tokens_per_s", "memory_gib")
 
 
@@ -179,6 +218,7 @@ def _summary_rows(group: str, view: list[Summary]) -> Iterator[dict[str, Any]]:
                 "lead_low": round(lead.low, 4) if lead else "",
                 "lead_high": round(lead.high, 4) if lead else "",
                 "p_value": round(lead.p_value, 5) if lead else "",
+                "p_holm": round(summary.p_adjusted, 5) if lead and kind == ALL else "",
             }
 
 

@@ -13,6 +13,7 @@ from haplovl.errors import UserError
 from haplovl.evaluate.statistics import Difference, Interval, hierarchical_interval, holm, paired_difference
 from haplovl.files import TEACHERS, read_json, read_jsonl
 
+TERA = 1e12
 ALL = "all"
 """Name of all question types together."""
 
@@ -23,7 +24,7 @@ class Result:
 
     `correct` [questions] is in the order of `kinds`; `curve` are points of operations spent so far, stage 1 included,
     and the held-out loss of stage 2 at them; `measured` is what the machine decided (seconds of a step, memory in
-    GiB), empty where the run's own log is gone.
+    GiB), empty where the run's own log is gone; `stage1` is what its probe found, empty where nothing was distilled.
     """
 
     run: Run
@@ -35,6 +36,7 @@ class Result:
     records: int
     curve: list[tuple[float, float]]
     measured: dict[str, float]
+    stage1: dict[str, float]
 
     @property
     def total_flops(self) -> float:
@@ -71,6 +73,7 @@ class Result:
             sum(row["records"] for log in logs.values() for row in log),
             curve,
             _measured(run.folder),
+            _stage1(run.folder),
         )
 
 
@@ -85,6 +88,25 @@ def _measured(folder: Path) -> dict[str, float]:
         "tokens_per_s": median(row["tokens_per_s"] for row in rows["stage2"]),
         "memory_gib": max(row["memory_gib"] for log in rows.values() for row in log),
     }
+
+
+def _stage1(folder: Path) -> dict[str, float]:
+    """Main figures of the run's metrics/stage1.json, those that its recipe has."""
+    path = folder / "metrics/stage1.json"
+    metrics = read_json(path) if path.is_file() else {}
+    vision = metrics.get("vision", {}).get("in_records", {})
+    shots = {f"zero-shot {name}": own["fitted"] for name, own in _zero_shot(metrics) if "fitted" in own}
+    found = {
+        "cosine to the teacher": vision.get("cosine"),
+        "of a constant": vision.get("constant"),
+        "current token": metrics.get("current_token", {}).get("all", {}).get("top1"),
+    }
+    return {name: value for name, value in found.items() if value is not None} | shots
+
+
+def _zero_shot(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    pictures = metrics.get("zero_shot", {}).get("scenes", {})
+    return [(name, own) for name, own in pictures.items() if isinstance(own, dict)]
 
 
 def finished(runs: list[Run]) -> list[Result]:
@@ -124,6 +146,11 @@ class Summary:
     def mean(self, name: str) -> float:
         """Mean over the seeds of a number of the results."""
         return float(np.mean([getattr(result, name) for result in self.results]))
+
+    def mean_stage1(self, name: str) -> float | None:
+        """Mean over the seeds of what probes of stage 1 found; None where none has it."""
+        values = [result.stage1[name] for result in self.results if name in result.stage1]
+        return float(np.mean(values)) if values else None
 
     def mean_measured(self, name: str) -> float | None:
         """Mean over the seeds of what the machine decided; None where no run has it."""
@@ -169,8 +196,7 @@ def teachers_flops(run: Run) -> float | None:
     None where those of one are unknown: a model of the hub, or one trained before its operations were counted.
     """
     lineage: dict[str, Any] = read_json(TEACHERS / "teachers.json")
-    name = f"ablations/{run.recipe}" if run.group == "ablations" else run.recipe
-    params = load_recipe(name)
+    params = load_recipe(run.recipe_file)
     sees = params.model.fusion != "patches"  # raw patches inherit nothing from a vision teacher
     used = [lineage[teacher].get("training_flops") for teacher in ("language", *(["vision"] if sees else []))]
     return None if None in used else float(sum(used))

@@ -35,6 +35,11 @@ class Run:
         """Where it lives."""
         return COMPARISON / self.group / f"{self.recipe}-{self.seed}"
 
+    @property
+    def recipe_file(self) -> str:
+        """Its recipe as a name below recipes/."""
+        return f"ablations/{self.recipe}" if self.group == "ablations" else self.recipe
+
 
 def planned(settings: CompareSettings, group: str) -> list[Run]:
     """All runs of a group; in `samples`, the first recipe of the comparison is the one of `compute`."""
@@ -52,7 +57,7 @@ def train(run: Run) -> None:
     require(PREPARED / "manifest.json", "prepare")
     require(TEACHERS, "teachers")
     reference = load_recipe(load_compare().recipes[0], run.seed)
-    params = load_recipe(f"ablations/{run.recipe}" if run.group == "ablations" else run.recipe, run.seed)
+    params = load_recipe(run.recipe_file, run.seed)
     try:
         params = matched(params, reference, "samples" if run.group == "samples" else "compute")
     except ValueError as error:
@@ -64,7 +69,7 @@ def train(run: Run) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Answers the held-out questions in the run's folder.
+    """Answers the held-out questions in the run's folder, and probes its stage 1.
 
     Raises:
         UserError: the run is not trained, or a command fails.
@@ -72,6 +77,7 @@ def evaluate(run: Run) -> None:
     _check_group(run)
     require(run.folder / "models" / "stage2", f"comparison train {run.group} {run.recipe} {run.seed}")
     _link_shared(run.folder)
+    _command(run, "probe")
     _command(run, "evaluate")
 
 

@@ -195,7 +195,8 @@ def _read_if_there(path: Path) -> Any:
 def _read_log(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # Not splitlines(): it would also cut at U+2028 and the like, which JSON allows inside a string.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def _flat(about: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

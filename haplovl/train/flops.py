@@ -20,6 +20,9 @@ from haplovl.data.loader import IGNORE, Batch
 from haplovl.model.configuration import HaploConfig
 from haplovl.model.media import image_sizes
 from haplovl.model.modeling import HaploForConditionalGeneration, HaploModel
+from haplovl.settings import DistillationLosses
+
+ALL_LOSSES = DistillationLosses()
 
 
 @dataclass(frozen=True)
@@ -128,23 +131,33 @@ class StepFlops:
     teacher_per_tile: int = 0
 
     @classmethod
-    def stage1(cls, model: HaploForConditionalGeneration, vision: PretrainedConfig) -> "StepFlops":
+    def stage1(
+        cls,
+        model: HaploForConditionalGeneration,
+        vision: PretrainedConfig,
+        losses: DistillationLosses = ALL_LOSSES,
+        taught: int | None = None,
+    ) -> "StepFlops":
         """Distillation: embeddings, pre-decoder and heads are trained, words·logits and the vision teacher are not.
 
-        `model` may be on the meta device; `vision` is the vision teacher's configuration (CLIP or SigLIP).
+        A loss without weight costs nothing, and the vision teacher counts up to the hidden state that it teaches
+        (`taught`; by default its last). `model` may be on the meta device; `vision` is the teacher's configuration
+        (CLIP or SigLIP).
         """
         core, pre, width = model.model, model.config.pre_config, model.config.text_config.hidden_size
         vision = getattr(vision, "vision_config", vision)
         products, flows = _before_language(core, words_trained=False, until="pre_decoder")
-        products |= {
-            "heads": [
-                _Product(2 * pre.hidden_size * vision.hidden_size, "learnt_patches", 1 + int(flows)),
-                _Product(2 * pre.hidden_size * width, "text_tokens", 1 + int(flows)),
-            ],
-            "logits": [_Product(2 * width * model.config.text_config.vocab_size, "text_tokens", 1)],
-        }
+        both = 1 + int(flows)
+        products |= {"heads": [], "logits": []}
+        if losses.vision:
+            products["heads"].append(_Product(2 * pre.hidden_size * vision.hidden_size, "learnt_patches", both))
+        if losses.feature or losses.current_token:
+            products["heads"].append(_Product(2 * pre.hidden_size * width, "text_tokens", both))
+        if losses.current_token:
+            products["logits"].append(_Product(2 * width * model.config.text_config.vocab_size, "text_tokens", 1))
         side = model.config.image_size // vision.patch_size
-        return cls(products, _vision_forward(vision, side * side))
+        layers = vision.num_hidden_layers if taught is None else taught
+        return cls(products, _vision_forward(vision, layers, side * side) if losses.vision else 0)
 
     @classmethod
     def stage2(cls, model: HaploForConditionalGeneration) -> "StepFlops":
@@ -245,8 +258,8 @@ def _linears(module: nn.Module) -> list[nn.Module]:
     return [part for part in module.modules() if isinstance(part, nn.Linear | Conv1D)]
 
 
-def _vision_forward(vision: PretrainedConfig, patches: int) -> int:
-    """Forward pass of a CLIP or SigLIP vision tower over one tile (SigLIP's pooling head left out)."""
+def _vision_forward(vision: PretrainedConfig, layers: int, patches: int) -> int:
+    """Forward pass of the first layers of a CLIP or SigLIP vision tower over one tile."""
     width, tokens = vision.hidden_size, patches + int(vision.model_type == "clip_vision_model")
     layer = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * width * tokens**2
-    return 2 * patches * vision.num_channels * vision.patch_size**2 * width + vision.num_hidden_layers * layer
+    return 2 * patches * vision.num_channels * vision.patch_size**2 * width + layers * layer

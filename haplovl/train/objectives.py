@@ -16,9 +16,8 @@ from haplovl.data.loader import IGNORE, Batch
 from haplovl.model import HaploForConditionalGeneration
 from haplovl.model.embedding import merge_tiles
 from haplovl.settings import DistillationLosses
+from haplovl.train.flops import ALL_LOSSES
 from haplovl.train.losses import summed_cross_entropy
-
-ALL_LOSSES = DistillationLosses()
 
 
 class Objective(Protocol):

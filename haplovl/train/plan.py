@@ -93,7 +93,7 @@ def plan_stage(name: str, params: Params, compute: ComputeProfile, mfu: float | 
         raise UserError(f"{name}.{error}") from None
     rows = typical_rows(model.config, params, settings, micro_rows)
     distils = isinstance(settings, DistillationSettings)
-    counter = StepFlops.stage1(model, blueprint.vision.config) if distils else StepFlops.stage2(model)
+    counter = _distillation_flops(blueprint, settings) if distils else StepFlops.stage2(model)
     work = Work.of(rows, model.config).times(micro_batches * compute.processes)
     began = time.perf_counter()
     holdings, footprint = dry_run(blueprint, settings, compute, rows)
@@ -169,6 +169,12 @@ def dry_run(
     except (ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"a step would fail: {' '.join(str(error).split())[:300]}") from None
     return holdings, footprint
+
+
+def _distillation_flops(blueprint: Blueprint, settings: DistillationSettings) -> StepFlops:
+    vision = blueprint.vision.config
+    taught = settings.taught_state(vision.num_hidden_layers + 1)
+    return StepFlops.stage1(blueprint.model, vision, settings.losses, taught)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -93,10 +93,10 @@ def _stage1(params: Params) -> tuple[Any, ...]:
 
     def objective(settings: StageSettings) -> tuple[nn.Module, StepFlops]:
         if isinstance(settings, DistillationSettings):
-            settings.taught_state(vision_part(vision.config).num_hidden_layers + 1)
+            taught = settings.taught_state(vision_part(vision.config).num_hidden_layers + 1)
             made = Distillation(model, vision, settings.vision_layer, settings.temperature, settings.losses)
             _freeze(made, settings, "stage1")
-            return made, StepFlops.stage1(model, vision.config)
+            return made, StepFlops.stage1(model, vision.config, settings.losses, taught)
         return _next_token(model, settings, "stage2" if isinstance(settings, Stage2Settings) else "stage1")
 
     return processor, model.train(), objective

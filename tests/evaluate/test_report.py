@@ -68,6 +68,13 @@ def page_of(project: Path, params: Params, outcomes: list[Outcome], name: str = 
     return (project / name).read_text(encoding="utf-8")
 
 
+def test_a_line_separator_in_a_log_ends_no_line(project: Path, params: Params) -> None:
+    log = project / "models/stage2/training_log.jsonl"
+    line = json.dumps({"step": 21, "loss": 0.1, "note": "a\u2028b\x85c"}, ensure_ascii=False)
+    log.write_text(log.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
+    assert "Stage 2: instruction tuning" in page_of(project, params, make_outcomes(2))
+
+
 def test_the_page_is_self_contained(project: Path, params: Params) -> None:
     page = page_of(project, params, make_outcomes(20))
     references = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)

@@ -11,7 +11,7 @@ from haplovl.data.loader import IGNORE, Batch
 from haplovl.model.inherit import inherit
 from haplovl.model.layout import place_native, single_tile
 from haplovl.model.media import Media, image_sizes
-from haplovl.settings import ModelSettings
+from haplovl.settings import DistillationLosses, ModelSettings
 from haplovl.train.flops import StepFlops, Work, attended_pairs
 from haplovl.train.objectives import Distillation, NextToken
 
@@ -52,16 +52,18 @@ def test_stage2_equals_what_torch_counts(model, batch):
     assert flops.model == flops.hardware
 
 
-def test_stage1_equals_what_torch_counts(model, vision, batch):
+@pytest.mark.parametrize("left_out", [(), ("vision",), ("feature",), ("current_token",), ("feature", "current_token")])
+def test_stage1_equals_what_torch_counts(left_out, model, vision, batch):
     model.set_attn_implementation({"": "eager", "text_config": "eager"})
     vision.set_attn_implementation("eager")
-    objective = Distillation(model, vision, vision_layer=-1, temperature=1.0)
+    losses = DistillationLosses(**dict.fromkeys(left_out, 0.0))
+    objective = Distillation(model, vision, -1, 1.0, losses)
     with FlopCounterMode(display=False) as forward:
         loss = sum(objective(batch).values())
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     work = Work.of(batch, model.config)
-    counter = StepFlops.stage1(model, vision.config)
+    counter = StepFlops.stage1(model, vision.config, losses)
     flops = counter.of(_as_computed(batch, work))
     # Heads and logits run over real text tokens only, the text projection over everything.
     real = counter.of(work)
@@ -69,6 +71,16 @@ def test_stage1_equals_what_torch_counts(model, vision, batch):
         flops.forward[part], flops.backward[part] = real.forward[part], real.backward[part]
     assert flops.teachers + sum(flops.forward.values()) == forward.get_total_flops()
     assert sum(flops.backward.values()) == backward.get_total_flops()
+
+
+def test_the_teacher_counts_up_to_the_layer_that_it_teaches(model, vision, batch):
+    work = Work.of(batch, model.config)
+    shorter = copy.deepcopy(vision.config)
+    for taught in range(vision.config.num_hidden_layers + 1):
+        shorter.num_hidden_layers = taught
+        wanted = StepFlops.stage1(model, shorter).of(work)
+        assert StepFlops.stage1(model, vision.config, taught=taught).of(work) == wanted
+    assert wanted == StepFlops.stage1(model, vision.config).of(work)
 
 
 def test_pairs_are_those_of_the_mask(model, batch):

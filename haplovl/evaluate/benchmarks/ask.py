@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from haplovl.evaluate.answer import Answer, load_to_evaluate, scored_answers
-from haplovl.evaluate.benchmarks.catalogue import find
+from haplovl.evaluate.benchmarks.catalogue import find, result_name
 from haplovl.evaluate.benchmarks.data import PictureReader, Row, data_digest, picture_digests, read_rows
 from haplovl.evaluate.benchmarks.rules import Benchmark
 from haplovl.evaluate.benchmarks.scoring import score_records
@@ -20,7 +20,9 @@ ROWS_AT_A_TIME = 512
 def run_benchmark(
     name: str, data: Path, folder: Path, limit: int | None, output: Path | None, batch: int, max_new_tokens: int | None
 ) -> None:
-    """Asks the model of a folder, writes answers and scores to `output`, and prints the aggregate.
+    """Asks the model of a folder, writes answers and scores to a file, and prints the aggregate.
+
+    The file is `output`, or else in reports/benchmarks/, where a limit is part of its name.
 
     Raises:
         UserError: as `evaluate_benchmark`, or there is no such model.
@@ -33,7 +35,7 @@ def run_benchmark(
     records = result.pop("records")
     result["data"] |= {"path": str(data), "limit": limit}
     result["model"] = {"path": str(folder), "sha256": sha256_of_folder(folder)}
-    output = output or REPORTS / "benchmarks" / f"{name}.json"
+    output = output or REPORTS / "benchmarks" / f"{result_name(name, limit)}.json"
     write_json(output, {**result, "records": records})
     print(summary(benchmark, result))
     print(f"Answers and scores are in {output}")
@@ -136,8 +138,8 @@ def summary(benchmark: Benchmark, result: dict[str, Any]) -> str:
     head, beside = result["headline"], result["beside"]
     others = [f"{name} {_figure(found['value'])}" for name, found in beside.items()]
     lines = [
-        f"{benchmark.title}: {head['metric']} {_figure(head['value'])} over {result['n']} answers, "
-        f"{result['unparsed']} of them unparsed",
+        f"{benchmark.title}: {head['metric']} {_figure(head['value'])} over {result['n']} answers "
+        f"({result['published']} questions are published), {result['unparsed']} of them unparsed",
         f"  by other references: {', '.join(others)}",
     ]
     for name, value in result["aggregate"].items():

@@ -58,6 +58,11 @@ def prompt(name: str, record: Record) -> str:
     return find(name).prompt(record)
 
 
+def result_name(name: str, limit: int | None) -> str:
+    """The name of a result's files: a part of the questions never takes the place of all of them."""
+    return name if limit is None else f"{name}.first-{limit}"
+
+
 def _nearest(name: str, among: list[str]) -> str:
     plain = {known.replace("_", ""): known for known in among}
     near = get_close_matches(name.lower().replace("_", "").replace("-", ""), plain, 1, 0.5)

@@ -31,6 +31,8 @@ ROTATION = 1_000_000
 """What lies between the indexes of a row and its next rotated copy."""
 ABSENT = "nan"
 """What the published table holds where a question has no such option, or no hint."""
+SHARED = ("question", "category", "L2-category")
+"""What the rotated copies of a question have in common."""
 _FIVE = LETTERS[:5]
 _WRAPPED = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
 """A letter as a word of its own: bare, then in the brackets and punctuation that lmms-eval tries, in its order."""
@@ -128,10 +130,15 @@ def _check(record: Record) -> str | None:
 
 
 def _check_all(records: Sequence[Record]) -> str | None:
-    main = {record["index"] for record in records if record["index"] < ROTATION}
+    main = {record["index"]: record for record in records if record["index"] < ROTATION}
     for record in records:
-        if _question(record) not in main:
-            return f"row {record['index']} is a rotated copy of row {_question(record)}, which is missing"
+        copied = f"row {record['index']} is a rotated copy of row {_question(record)}"
+        first = main.get(_question(record))
+        if first is None:
+            return f"{copied}, which is missing"
+        other = next((column for column in SHARED if record[column].split() != first[column].split()), None)
+        if other:
+            return f"{copied}, but its {other!r} is another"
     return None
 
 
@@ -147,6 +154,7 @@ MMBENCH_EN_DEV = Benchmark(
     title="MMBench-EN dev",
     dataset="lmms-lab/MMBench, en",
     split="dev",
+    published=4_329,
     optional=("hint", "C", "D", "E"),
     fields={
         "index": lambda value: None if number(value) is None and value >= 0 else "a whole number from 0",

@@ -248,6 +248,7 @@ MMMU_VAL = Benchmark(
     title="MMMU val",
     dataset="lmms-lab/MMMU",
     split="validation",
+    published=900,
     fields={
         "id": filled,
         "question": filled,

@@ -82,6 +82,7 @@ MMVP = Benchmark(
     title="MMVP",
     dataset="lmms-lab-eval/MMVP",
     split="train",
+    published=300,
     fields={
         "Index": lambda value: None if number(value) is None and value >= 1 else "a whole number from 1",
         "Question": filled,

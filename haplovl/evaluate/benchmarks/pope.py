@@ -92,6 +92,7 @@ POPE = Benchmark(
     title="POPE",
     dataset="lmms-lab/POPE, default",
     split="test",
+    published=9_000,
     fields={
         "question_id": identity,
         "question": filled,

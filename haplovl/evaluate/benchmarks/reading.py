@@ -45,7 +45,8 @@ def read_json_or_lines(path: Path) -> Any:
         raise UserError(f"{path} is not UTF-8 text") from None
     if not text.strip():
         raise UserError(f"{path} is empty")
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not splitlines(): it would also cut at U+2028 and the like, which JSON allows inside a string.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
         whole = json.loads(text)
     except ValueError as error:

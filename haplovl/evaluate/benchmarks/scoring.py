@@ -18,10 +18,11 @@ def score_records(name: str, records: Sequence[Any], by: str = LMMS_EVAL, where:
     Every record is an object with the benchmark's fields and `prediction`, or one with `record` and `prediction`.
     `where` names their file in messages.
 
-    Returns `benchmark`, `reference` and its `source`, `n`, `headline` (the figure that is usually quoted), `aggregate`,
-    the number of `unparsed` answers, `scores` (0…1, or None where the reference defines none) and `parsed` (what was
-    read in every answer) in the order of the records, and `beside`: the headline by the other references, and with
-    every record scored by the strictest (`strict`) or the loosest (`lenient`) of all.
+    Returns `benchmark`, `reference` and its `source`, `n` and how many records the `published` data set has, `headline`
+    (the figure that is usually quoted), `aggregate`, the number of `unparsed` answers, `scores` (0…1, or None where the
+    reference defines none) and `parsed` (what was read in every answer) in the order of the records, and `beside`: the
+    headline by the other references, and with every record scored by the strictest (`strict`) or the loosest
+    (`lenient`) of all.
 
     Raises:
         UserError: no such benchmark or reference, no records, a prediction is missing or no string, and all that
@@ -37,6 +38,7 @@ def score_records(name: str, records: Sequence[Any], by: str = LMMS_EVAL, where:
         "reference": by,
         "source": chosen.source,
         "n": len(rows),
+        "published": benchmark.published,
         "headline": {"metric": ".".join(benchmark.headline), "value": _inside(aggregate, benchmark.headline)},
         "aggregate": aggregate,
         "unparsed": sum(judgement.parsed is None for judgement in judgements if judgement.score is not None),

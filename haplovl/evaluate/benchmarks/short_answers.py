@@ -63,6 +63,7 @@ GQA = Benchmark(
     title="GQA",
     dataset="lmms-lab/GQA, testdev_balanced_instructions and testdev_balanced_images",
     split="testdev",
+    published=12_578,
     optional=("imageId",),
     fields={"id": identity, "question": filled, "answer": filled},
     columns=columns(
@@ -85,27 +86,25 @@ GQA = Benchmark(
 # ---- VQAv2
 
 
-def _agreement(entries: Sequence[Any], said: str, answer_of: Callable[[Any], str]) -> float:
-    """Mean over the annotators of min(1, n/3), n being how many of the *other* entries say the same."""
-    shares = []
-    for entry in entries:
-        others = [other for other in entries if other != entry]
-        shares.append(min(1, sum(answer_of(other) == said for other in others) / 3))
-    return float(exact_mean(shares))
+def _agreement(record: Record, said: str, form: Callable[[str], str]) -> float:
+    """Mean over the annotators of min(1, n/3), n being how many of the *others* say the same.
+
+    The others are those at other places of the list. lmms-eval leaves out all entries that equal the annotator's own,
+    which comes to the same while each has an `answer_id`, and would lose the agreeing ones without.
+    """
+    answers = [form(entry["answer"]) for entry in record["answers"]]
+    agreeing = answers.count(said)
+    return float(exact_mean([min(1, (agreeing - (answer == said)) / 3) for answer in answers]))
 
 
 def _vqa_form(answer: str) -> str:
     return vqa_text.plain_words(vqa_text.without_punctuation(vqa_text.one_line(answer)))
 
 
-def _with_answers(record: Record, form: Callable[[str], str]) -> list[dict[str, Any]]:
-    return [{**entry, "answer": form(entry["answer"])} for entry in record["answers"]]
-
-
 def _vqa(record: Record, answer: str) -> Judgement:
     """lmms-eval's `vqav2_process_results`: answers and annotations are normalised, always."""
     said = _vqa_form(answer)
-    return Judgement(_agreement(_with_answers(record, _vqa_form), said, lambda entry: entry["answer"]), said)
+    return Judgement(_agreement(record, said, _vqa_form), said)
 
 
 def _vqa_official(record: Record, answer: str) -> Judgement:
@@ -119,7 +118,7 @@ def _vqa_official(record: Record, answer: str) -> Judgement:
     if unanimous:
         form = vqa_text.one_line
     said = form(answer)
-    return Judgement(_agreement(_with_answers(record, form), said, lambda entry: entry["answer"]), said)
+    return Judgement(_agreement(record, said, form), said)
 
 
 def _vqa_vlmevalkit(record: Record, answer: str) -> Judgement:
@@ -132,8 +131,7 @@ def _vqa_vlmevalkit(record: Record, answer: str) -> Judgement:
         return vqa_text.plain_words(plain)
 
     said = form(answer)
-    entries = [(place, form(entry["answer"])) for place, entry in enumerate(record["answers"])]
-    return Judgement(_agreement(entries, said, lambda entry: entry[1]), said)
+    return Judgement(_agreement(record, said, form), said)
 
 
 def _annotations(value: Any) -> str | None:
@@ -155,6 +153,7 @@ VQAV2 = Benchmark(
     title="VQAv2",
     dataset="lmms-lab/VQAv2",
     split="validation",
+    published=214_354,
     optional=("question_type", "answer_type"),
     fields={"question_id": identity, "question": filled, "answers": _annotations},
     columns=columns("question_id question answers question_type answer_type multiple_choice_answer image_id image"),

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from haplovl.errors import UserError
+from haplovl.evaluate.benchmarks.catalogue import BENCHMARKS
+from haplovl.evaluate.benchmarks.mmbench import MMBENCH_EN_DEV, ROTATION
 from haplovl.evaluate.harness.tasks import ANSWERS, ID, NUMBER, PICTURE, PICTURES, TEXT, TEXTS, Task
 from haplovl.files import sha256_of
 from haplovl.pictures import ImageError, decode_bytes
@@ -51,7 +53,8 @@ def check_folder(task: Task, data: Path, limit: int | None = None) -> Folder:
 
     Raises:
         UserError: the folder, a file, a column or a value that the task reads is missing; a picture is missing or
-            damaged; a pair of MMVP or the first of MMBench's rotated questions is missing.
+            damaged; a pair of MMVP or the first of MMBench's rotated questions is missing; the limit cuts a pair or the
+            rotated copies of a question.
     """
     path = data / task.name
     if not path.is_dir():
@@ -148,36 +151,54 @@ def _kept(task: Task, rows: Iterator[Row]) -> Iterator[Row]:
 
 def _check_rows(task: Task, files: tuple[Path, ...], picture_files: tuple[Path, ...], limit: int | None) -> int:
     plain = [name for name, kind in task.columns.items() if kind not in (PICTURE, PICTURES)]
-    ids: list[Any] = []
-    for number, row in enumerate(_kept(task, _read(files, plain))):
-        _check_values(task, row, number)
-        ids.append(row.get("index", row.get("Index")))
-    if not ids:
+    group = BENCHMARKS[task.name].group
+    count, together = 0, []
+    for count, row in enumerate(_kept(task, _read(files, plain)), 1):
+        _check_values(task, row, count)
+        if group:
+            together.append(row)
+    if not count:
         raise UserError(f"{files[0].parent} holds no questions of {task.title}")
     if task.name == "mmbench_en_dev":
-        _check_rotations(ids)
+        _check_rotations(together)
     if task.name == "mmvp":
-        _check_pairs(ids)
+        _check_pairs([row["Index"] for row in together])
+    if group and limit is not None:
+        _check_limit(task, [group(row) for row in together], limit)
     pictures = _gqa_pictures(files, picture_files, limit) if picture_files else _pictures(task, files, limit)
     good: set[bytes] = set()
     for name, content in pictures:
         _check_picture(name, content, good)
-    return len(ids)
+    return count
 
 
 def _check_values(task: Task, row: Row, number: int) -> None:
     missing = next((name for name, value in row.items() if value is None and name not in MAY_BE_EMPTY), None)
     if missing is not None:
-        raise UserError(f"question {number + 1} of {task.title} has no value in the column '{missing}'")
+        raise UserError(f"question {number} of {task.title} has no value in the column '{missing}'")
     if task.name == "pope" and row["answer"].strip().lower() not in ("yes", "no"):
-        raise UserError(f"question {number + 1} of POPE has the answer {row['answer']!r:.40}; it must be yes or no")
+        raise UserError(f"question {number} of POPE has the answer {row['answer']!r:.40}; it must be yes or no")
+    if task.name == "vqav2":
+        _check_annotators(row, number)
 
 
-def _check_rotations(ids: list[int]) -> None:
+def _check_annotators(row: Row, number: int) -> None:
+    """lmms-eval takes annotators whose entries are equal for one and the same: their agreement would count as none."""
+    found = [(entry or {}).get("answer_id") for entry in row["answers"]]
+    if None in found or len(set(found)) < len(found):
+        wrong = "an answer without 'answer_id'" if None in found else "an 'answer_id' that comes twice"
+        raise UserError(f"question {number} of VQAv2 has {wrong}; lmms-eval tells the annotators apart by it")
+
+
+def _check_rotations(rows: Sequence[Row]) -> None:
     """MMBench asks every question with its options rotated, numbered 1,000,000 further; a rotation alone is dropped."""
-    alone = sorted({i % 1_000_000 for i in ids} - set(ids))
+    ids = {row["index"] for row in rows}
+    alone = sorted({i % ROTATION for i in ids} - ids)
     if alone:
         raise UserError(f"MMBench-EN-dev lacks question {alone[0]}, of which it holds rotated copies")
+    strange = MMBENCH_EN_DEV.check_all(rows)
+    if strange:
+        raise UserError(f"MMBench-EN-dev: {strange}")
 
 
 def _check_pairs(ids: list[int]) -> None:
@@ -186,6 +207,25 @@ def _check_pairs(ids: list[int]) -> None:
         raise UserError(
             f"MMVP's column 'Index' must count 1 to {len(ids) + len(ids) % 2}, each once: pairs are 1 and 2, …"
         )
+
+
+def _check_limit(task: Task, groups: Sequence[Hashable], limit: int) -> None:
+    """lmms-eval's limit counts rows: it passes over a pair that is cut, and judges a question by the rotations left."""
+    whole = _whole_limits(groups)
+    if limit in whole or limit > len(groups):
+        return
+    nearest = [*[number for number in whole if number < limit][-1:], next(number for number in whole if number > limit)]
+    named = " and ".join(f"{number} (all)" if number == len(groups) else str(number) for number in nearest)
+    cut = "a pair" if task.name == "mmvp" else "the rotated copies of a question"
+    are = "limits without a cut are" if len(nearest) > 1 else "limit without a cut is"
+    raise UserError(f"--limit {limit} cuts {cut} of {task.title}; the nearest {are} {named}")
+
+
+def _whole_limits(groups: Sequence[Hashable]) -> list[int]:
+    """The numbers of first rows that hold whole groups only; the last one is that of all rows."""
+    ends = {group: number for number, group in enumerate(groups, 1)}
+    reached = itertools.accumulate((ends[group] for group in groups), max)
+    return [number for number, end in enumerate(reached, 1) if end == number]
 
 
 def _pictures(task: Task, files: tuple[Path, ...], limit: int | None) -> Iterator[tuple[str, bytes | None]]:

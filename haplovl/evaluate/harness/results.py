@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from haplovl.errors import UserError
+from haplovl.evaluate.benchmarks.catalogue import result_name
 from haplovl.evaluate.harness.environment import VERSION, Environment, task_sha256
 from haplovl.evaluate.harness.folders import Folder
 from haplovl.files import METRICS, REPORTS, sha256_of, write_json, write_whole
@@ -39,8 +40,8 @@ class Run:
         return folder.questions if self.limit is None else min(self.limit, folder.questions)
 
     def name(self, folder: Folder) -> str:
-        """The name of a benchmark's files; a part of the questions never takes the place of all of them."""
-        return folder.task.name + ("" if self.limit is None else f".first-{self.limit}")
+        """The name of a benchmark's files."""
+        return result_name(folder.task.name, self.limit)
 
 
 def collect(run: Run, folder: Folder, output: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from haplovl.errors import UserError
+from haplovl.evaluate.benchmarks.catalogue import BENCHMARKS
 
 GQA_PICTURES = "HAPLOVL_GQA_PICTURES"
 """Environment variable: the folder of GQA, for the function that joins its two data sets (lmms-eval names none)."""
@@ -18,8 +19,7 @@ class Task:
     below the data folder, as the published data set `source` has them.
 
     `columns` maps what the task reads to its kind (see `folders.py`); `keep` is the (column, value) of the rows that
-    belong to the benchmark; `metric` the figure that papers quote, which counts up to `scale`; `published` the number
-    of questions.
+    belong to the benchmark; `metric` the figure that papers quote, which counts up to `scale`.
     """
 
     name: str
@@ -30,7 +30,6 @@ class Task:
     files: str
     columns: dict[str, str]
     metric: str
-    published: int
     scale: float = 1.0
     picture_files: str = ""
     keep: tuple[str, str] | None = None
@@ -40,6 +39,11 @@ class Task:
     def local(self) -> str:
         """The name under which lmms-eval knows the task on local data; stock names belong to the hub's."""
         return f"{self.name}_local"
+
+    @property
+    def published(self) -> int:
+        """The number of questions of the published data set."""
+        return BENCHMARKS[self.name].published
 
 
 ID, TEXT, NUMBER = "text or whole number", "text", "whole number"
@@ -55,7 +59,6 @@ TASKS = (
         "testdev_balanced_instructions/testdev-*.parquet",
         {"id": ID, "imageId": ID, "question": TEXT, "answer": TEXT},
         "exact_match,none",
-        12_578,
         picture_files="testdev_balanced_images/testdev-*.parquet",
         overrides={"process_docs": "haplovl.evaluate.harness.documents.with_gqa_pictures"},
     ),
@@ -68,7 +71,6 @@ TASKS = (
         "data/validation-*.parquet",
         {"question_id": ID, "question": TEXT, "answers": ANSWERS, "image": PICTURE},
         "exact_match,none",
-        214_354,
     ),
     Task(
         "scienceqa_img",
@@ -79,7 +81,6 @@ TASKS = (
         "ScienceQA-IMG/test-*.parquet",
         {"question": TEXT, "choices": TEXTS, "answer": NUMBER, "hint": TEXT, "image": PICTURE},
         "exact_match,none",
-        2_017,
     ),
     Task(
         "ai2d",
@@ -90,7 +91,6 @@ TASKS = (
         "data/test-*.parquet",
         {"question": TEXT, "options": TEXTS, "answer": TEXT, "image": PICTURE},
         "exact_match,flexible-extract",
-        3_088,
     ),
     Task(
         "mmbench_en_dev",
@@ -106,7 +106,6 @@ TASKS = (
             "image": PICTURE,
         },
         "gpt_eval_score,none",
-        4_329,
         scale=100.0,
     ),
     Task(
@@ -121,7 +120,6 @@ TASKS = (
             **{f"image_{number}": PICTURE for number in range(1, 8)},
         },
         "mmmu_acc,none",
-        900,
     ),
     Task(
         "realworldqa",
@@ -132,7 +130,6 @@ TASKS = (
         "data/test-*.parquet",
         {"question": TEXT, "answer": TEXT, "image": PICTURE},
         "exact_match,none",
-        765,
     ),
     Task(
         "mmstar",
@@ -147,7 +144,6 @@ TASKS = (
             "image": PICTURE,
         },
         "average,none",
-        1_500,
     ),
     Task(
         "pope",
@@ -158,7 +154,6 @@ TASKS = (
         "data/test-*.parquet",
         {"question_id": ID, "question": TEXT, "answer": TEXT, "category": TEXT, "image": PICTURE},
         "pope_accuracy,none",
-        9_000,
     ),
     Task(
         "seedbench_img",
@@ -174,7 +169,6 @@ TASKS = (
             "image": PICTURES,
         },
         "seed_image,none",
-        14_233,
         keep=("data_type", "image"),
         overrides={"process_docs": "haplovl.evaluate.harness.documents.only_seed_images"},
     ),
@@ -187,7 +181,6 @@ TASKS = (
         "data/train-*.parquet",
         {"Index": NUMBER, "Question": TEXT, "Options": TEXT, "Correct Answer": TEXT, "image": PICTURE},
         "mmvp_pair_accuracy,none",
-        300,
     ),
 )
 NAMES = tuple(task.name for task in TASKS)

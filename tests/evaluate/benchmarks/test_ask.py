@@ -72,6 +72,13 @@ def test_the_same_run_writes_the_same_bytes_and_a_limit_other_data(run, tmp_path
     assert part["data"]["sha256"] != whole["data"]["sha256"]
 
 
+def test_a_part_of_the_questions_takes_no_full_result_s_place(run, tmp_path):
+    write_json_folder("gqa", tmp_path / "data", 3)
+    shown = run("gqa", "data", "--max-new-tokens", 2, "--limit", 2)
+    assert [path.name for path in (tmp_path / "reports/benchmarks").iterdir()] == ["gqa.first-2.json"]
+    assert "gqa.first-2.json" in shown and "over 2 answers (12578 questions are published)" in shown
+
+
 def test_a_model_in_training_is_evaluated_without_files(model, processor, tmp_path):
     write_json_folder("pope", tmp_path / "data", 3)
     result = ask.evaluate_benchmark(model, processor, "pope", tmp_path / "data", limit=2)

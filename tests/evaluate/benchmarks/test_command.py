@@ -61,6 +61,21 @@ def test_every_form_of_file_gives_the_same_scores(score, tmp_path):
     assert score("pope", one)["scores"] == expected["scores"][:1]
 
 
+def test_a_line_separator_inside_an_answer_ends_no_line(score, tmp_path):
+    records = answered("pope")[:3]
+    for record, sign in zip(records, "\u2028\u2029\x85", strict=True):
+        record["prediction"] = f"no{sign}yes"
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    (tmp_path / "list.json").write_text(json.dumps(records))
+    assert score("pope", tmp_path / "lines.jsonl") == score("pope", tmp_path / "list.json")
+
+
+def test_the_number_of_published_questions_stands_beside_that_of_the_records(score, tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps(answered("pope")[:1]))
+    result = score("pope", tmp_path / "one.json")
+    assert (result["n"], result["published"]) == (1, 9000)
+
+
 def test_the_reference_can_be_chosen(score):
     ours, theirs = score("pope", path_of("pope")), score("pope", path_of("pope"), "--reference", "official_llava")
     assert theirs["headline"]["value"] == ours["beside"]["official_llava"]["value"] == 0.65
@@ -155,6 +170,16 @@ def test_an_id_that_comes_twice_is_refused(name, field, refusal):
 )
 def test_records_that_cannot_be_scored_are_refused(name, change, part, refusal):
     assert part in refusal(name, [{**answered(name)[0], **change}])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("question", "How many dogs?"), ("category", "ocr"), ("L2-category", "coarse")]
+)
+def test_a_rotated_copy_of_another_question_is_refused(field, value, refusal):
+    first = answered("mmbench_en_dev")[0]
+    copy = {**first, "index": 1_000_000 + first["index"]}
+    part = f"row {copy['index']} is a rotated copy of row {first['index']}, but its {field!r} is another"
+    assert part in refusal("mmbench_en_dev", [first, {**copy, field: value}])
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,21 @@ BROKEN = {"bytes": b"\x89PNG\r\n\x1a\n cut", "path": "x.png"}
         spoiled("seedbench_img", "question 2 of SEED-Bench-IMG has no picture", lambda r: r[2].update(image=[])),
         spoiled("gqa", "GQA's picture 'n9' is missing", lambda r: r[0].update(imageId="n9")),
         spoiled("mmbench_en_dev", "lacks question 1, of which it holds rotated copies", lambda r: r.pop(0)),
+        spoiled(
+            "mmbench_en_dev",
+            "row 1000001 is a rotated copy of row 1, but its 'question' is another",
+            lambda r: r[1].update(question="What is it?"),
+        ),
+        spoiled(
+            "vqav2",
+            "question 2 of VQAv2 has an answer without 'answer_id'",
+            lambda r: r[1]["answers"][3].update(answer_id=None),
+        ),
+        spoiled(
+            "vqav2",
+            "question 3 of VQAv2 has an 'answer_id' that comes twice",
+            lambda r: r[2]["answers"][0].update(answer_id=2),
+        ),
         spoiled("mmvp", "'Index' must count 1 to 4, each once", lambda r: r.pop(1)),
         spoiled("mmstar", "holds no questions of MMStar", lambda r: r.clear()),
         spoiled("pope", "the column 'image' is not marked as pictures", metadata=False),
@@ -93,6 +108,37 @@ def test_only_the_pictures_of_the_questions_that_are_asked_are_decoded(tmp_path)
     assert check("ai2d", tmp_path, limit=2).questions == 3
     with pytest.raises(UserError, match="question 3 of AI2D"):
         check("ai2d", tmp_path)
+
+
+def test_answers_of_vqav2_need_the_column_that_tells_annotators_apart(tmp_path) -> None:
+    path = write_benchmark("vqav2", tmp_path) / PUBLISHED["vqav2"]()[2]
+    table = pq.read_table(path)
+    plain = [[{"answer": entry["answer"]} for entry in row] for row in table["answers"].to_pylist()]
+    place = table.column_names.index("answers")
+    pq.write_table(table.set_column(place, "answers", pa.array(plain)), path)
+    with pytest.raises(UserError, match="question 1 of VQAv2 has an answer without 'answer_id'"):
+        check("vqav2", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "whole", "refused"),
+    [
+        ("mmvp", (0, 1, 2, 3), (2, 4, 9), {1: "limit without a cut is 2$", 3: "without a cut are 2 and 4 .all.$"}),
+        ("mmbench_en_dev", (0, 1, 2, 3), (2, 3, 4), {1: "--limit 1 cuts the rotated copies of a question of MMBench"}),
+        ("mmbench_en_dev", (0, 2, 3, 1), (4,), {3: "limit without a cut is 4 .all.$"}),
+        ("mmbench_en_dev", (2, 1, 0, 3), (1, 3), {2: "limits without a cut are 1 and 3$"}),
+    ],
+)
+def test_a_limit_that_cuts_what_counts_together_is_refused(name, order, whole, refused, tmp_path) -> None:
+    def reorder(rows):
+        rows[:] = [rows[place] for place in order]
+
+    write_benchmark(name, tmp_path, reorder)
+    for limit in whole:
+        assert check(name, tmp_path, limit).questions == 4
+    for limit, message in refused.items():
+        with pytest.raises(UserError, match=message):
+            check(name, tmp_path, limit)
 
 
 def test_a_folder_that_lacks_the_benchmark_is_refused(tmp_path) -> None:

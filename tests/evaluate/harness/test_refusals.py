@@ -51,6 +51,14 @@ def test_no_data(refusal, tiny_model_dir, tmp_path) -> None:
     assert message == "error: data has no folder pope; put the data set lmms-lab/POPE there"
 
 
+def test_a_limit_that_cuts_a_pair(refusal, tiny_model_dir, tmp_path) -> None:
+    for name in ("pope", "mmvp"):
+        write_benchmark(name, tmp_path / "data")
+    fake_environment(tmp_path / ".venv-eval", "0.7.3")
+    message = refusal("pope", "mmvp", "--limit", 3, "--data", "data", "--model", tiny_model_dir)
+    assert message == "error: --limit 3 cuts a pair of MMVP; the nearest limits without a cut are 2 and 4 (all)"
+
+
 def test_no_environment(refusal, tiny_model_dir) -> None:
     message = refusal("pope", "--data", "data", "--model", tiny_model_dir)
     assert message == "error: there is no .venv-eval with lmms-eval 0.7.3; run 'make eval-env'"
