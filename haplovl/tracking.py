@@ -24,14 +24,14 @@ FINISH_TIMEOUT = 30.0
 def description(params: Params, root: Path = Path(".")) -> dict[str, Any]:
     """What decides a result, for people and for `haplovl compare`: recipe, seed, settings and training data.
 
-    It depends on params and data alone, so it may be part of an out. The gate (`register`) judges results and does
-    not make them; it is left out.
+    It depends on params and data alone, so it may be part of an out. The gate (`register`) and the probe judge results
+    and do not make them; they are left out, with the plan of `make compare`.
     """
     manifest = root / PREPARED / "manifest.json"
     data = {}
     if manifest.is_file():
         data = {"manifest_sha256": sha256_of(manifest), "sources": read_json(manifest).get("sources", {})}
-    settings = params.model_dump(mode="json", by_alias=True, exclude={"register_", "compare"})
+    settings = params.model_dump(mode="json", by_alias=True, exclude={"register_", "compare", "probe"})
     return {"recipe": params.recipe, "seed": params.seed, "params": settings, "data": data}
 
 

@@ -29,8 +29,9 @@ def test_a_description_tells_settings_and_data_but_not_the_gate(tmp_path):
     assert (told["recipe"], told["seed"]) == ("haplovl", 3)
     assert told["params"]["stage2"]["optimizer"]["learning_rate"] == 8e-4
     assert told["data"]["sources"] == {"scenes": {"train": 7}} and len(told["data"]["manifest_sha256"]) == 64
-    assert "register" not in told["params"] and "compare" not in told["params"]
-    assert description(params(seed=3, register__min_accuracy=0.1)) == told  # so an out may hold it
+    assert not {"register", "compare", "probe"} & set(told["params"])
+    # What an out of evaluate holds must not depend on what the stage does not depend on.
+    assert description(params(seed=3, register__min_accuracy=0.1, probe__records=7)) == told
 
 
 def test_runs_are_grouped_by_recipe_and_tagged_by_seed():

@@ -9,7 +9,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from haplovl.comparison.plots import MOST_SERIES, accuracy_chart, lead_chart, learning_curves, looks, panels
@@ -18,6 +17,7 @@ from haplovl.comparison.runs import GROUPS, Run, planned
 from haplovl.comparison.tables import markdown, p_value
 from haplovl.comparison.terms import objection
 from haplovl.errors import UserError
+from haplovl.evaluate.console import wide_console
 from haplovl.files import REPORTS, whole_folder, write_whole
 from haplovl.settings import CompareSettings, load_compare
 
@@ -62,7 +62,7 @@ def write_report(groups: Sequence[str] | None = None) -> None:
         tables = [markdown(TITLES[name], view, settings.recipes[0]) for name, view in views.items()]
         write_whole(folder / "tables.md", "\n".join(tables))
         write_whole(folder / "index.html", _page(settings, shown))
-    console = Console()
+    console = wide_console()
     for name, view in views.items():
         console.print(summary_table(TITLES[name], view))
         for line in shown[name].left_out:

@@ -10,10 +10,10 @@ from PIL import Image
 from haplovl.data.media import Media
 from haplovl.data.validated import ImageFile
 from haplovl.errors import UserError
-from haplovl.evaluate.answer import load_model, one_line, require_haplovl, scored_answers
+from haplovl.evaluate.answer import load_to_evaluate, one_line, require_haplovl, scored_answers
 from haplovl.evaluate.looking import special_in
 from haplovl.evaluate.predictions import Said, Side, as_object, read_predictions, text_of
-from haplovl.evaluate.questions import UNNAMED_KIND, Question, held_out_questions
+from haplovl.evaluate.questions import UNNAMED_KIND, Question, checked_kind, held_out_questions
 from haplovl.files import RAW, VALIDATED, require, sha256_of
 from haplovl.pictures import ImageError, decode_bytes, local_path, open_image, read_image_file
 from haplovl.progress import reporter
@@ -98,7 +98,8 @@ def read_questions(path: Path) -> list[Question]:
         text, answer = text_of(row, "question", place).strip(), text_of(row, "answer", place, "").strip()
         if not text:
             raise UserError(f"{place}: the question is empty")
-        questions[id_] = Question(id_, id_, text_of(row, "kind", place, UNNAMED_KIND), images, text, answer, OWN)
+        kind = checked_kind(text_of(row, "kind", place, UNNAMED_KIND), place)
+        questions[id_] = Question(id_, id_, kind, images, text, answer, OWN)
     if not questions:
         raise UserError(f"{path} holds no questions")
     return list(questions.values())
@@ -127,7 +128,7 @@ def _questions(questions_file: Path | None, settings: EvaluateSettings, root: Pa
 
 
 def _ask(folder: Path, questions: Sequence[Question], media: Media, settings: EvaluateSettings) -> Side:
-    model, processor = load_model(folder)
+    model, processor = load_to_evaluate(folder)
     for question in questions:
         if found := special_in(processor.tokenizer, question.question):
             raise UserError(f"question '{question.id}' holds '{found}', which means something special to {folder}")
@@ -142,6 +143,7 @@ def _ask(folder: Path, questions: Sequence[Question], media: Media, settings: Ev
                 max_new_tokens=settings.max_new_tokens,
                 open_picture=lambda name: open_picture(media, *name),
                 progress=report.update,
+                batch_tokens=settings.batch_tokens,
             )
         except ImageError as error:
             raise UserError(f"a picture of the questions cannot be used: {error}") from None

@@ -7,7 +7,7 @@ from typing import Any
 
 from haplovl.data.validated import ImageFile
 from haplovl.errors import UserError
-from haplovl.evaluate.questions import Question
+from haplovl.evaluate.questions import Question, checked_kind
 from haplovl.evaluate.scorers import exact_match
 from haplovl.records import read_items
 
@@ -130,6 +130,7 @@ def _said(data: Any, place: str) -> Said:
     id_, kind, question, answer, prediction, source = (
         text_of(row, name, place) for name in ("id", "kind", "question", "answer", "prediction", "source")
     )
+    kind = checked_kind(kind, place)
     return Said(Question(id_, id_, kind, images, question, answer, source), prediction, float(confidence))
 
 

@@ -8,12 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from haplovl.data.validated import ImageFile, ValidatedRecord, read_validated
+from haplovl.errors import UserError
 from haplovl.evaluate.scorers import normalise
 from haplovl.files import VALIDATED
 from haplovl.records import IMAGE_PLACEHOLDER
 
 UNNAMED_KIND = "answer"
 """The type of questions from sources that do not name what a turn asks (LLaVA-style files)."""
+
+TOTAL = "all"
+"""What tables call all questions together: no type may have this name, or its row would be the total's."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ def questions_of(item: ValidatedRecord) -> list[Question]:
 
     Caption turns are no questions: their answer would be judged by its wording. Where no turn of the record names a
     kind, every turn counts, as kind `answer`. Image placeholders leave the text: the pictures come first instead.
+
+    Raises:
+        UserError: see `checked_kind`.
     """
     record = item.record
     if not item.images:
@@ -57,10 +64,22 @@ def questions_of(item: ValidatedRecord) -> list[Question]:
         text = " ".join(turn.question.replace(IMAGE_PLACEHOLDER, " ").split())
         if kind in ("", "caption") or not text:
             continue
+        kind = checked_kind(kind, f"record '{record.id}' of {item.source}")
         questions.append(
             Question(f"{record.id}#{number}", record.id, kind, item.images, text, turn.answer, item.source)
         )
     return questions
+
+
+def checked_kind(kind: str, place: str) -> str:
+    """A question type as it is; `place` says where it was found.
+
+    Raises:
+        UserError: it has the name of the total.
+    """
+    if kind == TOTAL:
+        raise UserError(f"{place}: '{TOTAL}' names all questions together and cannot be the type of some; rename it")
+    return kind
 
 
 def balanced(questions: Iterable[Question], limit: int) -> list[Question]:

@@ -5,17 +5,30 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from haplovl.data.media import Media
 from haplovl.errors import UserError
 from haplovl.evaluate.answer import Answer, blank, load_to_evaluate, scored_answers
+from haplovl.evaluate.console import wide_console
 from haplovl.evaluate.looks import draw_looks
-from haplovl.evaluate.questions import Question, digest, held_out_questions
+from haplovl.evaluate.questions import TOTAL, Question, digest, held_out_questions
 from haplovl.evaluate.report import write_report
 from haplovl.evaluate.scorers import Outcome, score
-from haplovl.files import METRICS, RAW, REPORTS, RUN_FILE, STAGE2, VALIDATED, require, whole_folder, write_json
+from haplovl.files import (
+    METRICS,
+    RAW,
+    REPORTS,
+    RUN_FILE,
+    STAGE1,
+    STAGE2,
+    VALIDATED,
+    require,
+    sha256_of_folder,
+    whole_folder,
+    write_json,
+)
 from haplovl.progress import reporter
 from haplovl.records import write_jsonl
 from haplovl.settings import EvaluateSettings, Params
@@ -33,6 +46,7 @@ def evaluate(params: Params, root: Path = Path(".")) -> None:
     questions = held_out_questions(params.evaluate.questions_per_type, folder=root / VALIDATED)
     if not questions:
         raise UserError("the test split holds no questions about pictures: nothing can be evaluated")
+    asked = {path.name: sha256_of_folder(root / path) for path in (STAGE1, STAGE2) if (root / path).is_dir()}
     model, processor = load_to_evaluate(root / STAGE2)
     media = Media(root / RAW)
     outcomes = ask_all(model, processor, questions, media, params.evaluate)
@@ -40,12 +54,12 @@ def evaluate(params: Params, root: Path = Path(".")) -> None:
     metrics = {**score(outcomes), "questions": len(questions), "data": {"sha256": digest(questions)}}
     with whole_folder(root / REPORTS / "evaluation") as folder:
         write_jsonl(folder / "predictions.jsonl", (prediction_row(outcome) for outcome in outcomes))
-        write_json(folder / RUN_FILE, {"stage": "evaluate", **description(params, root)})
+        write_json(folder / RUN_FILE, {"stage": "evaluate", **description(params, root), "models": asked})
         write_report(folder / "index.html", params, metrics, outcomes, root, looks)
     write_json(root / METRICS / "evaluation.json", metrics)
-    console = Console()
+    console = wide_console()
     console.print(summary_table(metrics))
-    console.print(f"The report is {root / REPORTS / 'evaluation' / 'index.html'}")
+    console.print(f"The report is {root / REPORTS / 'evaluation' / 'index.html'}", markup=False)
 
 
 def ask_all(
@@ -115,8 +129,10 @@ def summary_table(metrics: dict[str, Any]) -> Table:
     table.add_column("type")
     for name in ("accuracy", "95 %", "majority", "blank image", "margin", "questions"):
         table.add_column(name, justify="right", no_wrap=name == "95 %")
-    for name, shares in {**metrics["types"], "all": metrics}.items():
+    for name, shares in {**metrics["types"], TOTAL: metrics}.items():
         accuracy, *others = [f"{shares[key]:.3f}" for key in ("accuracy", "majority", "blank_image", "margin")]
         ends = f"{shares['accuracy_low']:.3f}–{shares['accuracy_high']:.3f}"
-        table.add_row(name, accuracy, ends, *others, str(shares["n"]), style="bold" if name == "all" else None)
+        style = "bold" if name == TOTAL else None
+        # Types are whatever a source calls them, and no markup.
+        table.add_row(Text(name), accuracy, ends, *others, str(shares["n"]), style=style)
     return table

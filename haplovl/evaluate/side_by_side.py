@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from haplovl.evaluate.console import wide_console
 from haplovl.evaluate.exams import Exam
 from haplovl.evaluate.pages import embedded_picture, page_templates
 from haplovl.evaluate.predictions import Side, require_same_questions
-from haplovl.evaluate.questions import Question
+from haplovl.evaluate.questions import TOTAL, Question
 from haplovl.evaluate.scorers import exact_match, normalise
 from haplovl.files import REPORTS, whole_folder, write_whole
 from haplovl.pictures import ImageError
@@ -85,7 +86,7 @@ def show_side_by_side(exam: Exam, root: Path = Path(".")) -> None:
     with whole_folder(root / FOLDER) as folder:
         write_jsonl(folder / "answers.jsonl", map(_row, in_order(pairs)))
         write_page(folder / "index.html", (exam.first.name, exam.second.name), pairs, exam.open_picture)
-    console = Console(highlight=False)
+    console = wide_console()
     console.print(counts_table(pairs))
     console.print(f"A is {exam.first.name}, B is {exam.second.name}", markup=False)
     console.print(f"The page is {root / FOLDER / 'index.html'}", markup=False)
@@ -120,7 +121,7 @@ def counts(pairs: Sequence[Pair]) -> dict[str, Counter]:
     kinds = sorted({pair.question.kind for pair in pairs})
     return {
         **{kind: Counter(pair.group for pair in pairs if pair.question.kind == kind) for kind in kinds},
-        "all": Counter(pair.group for pair in pairs),
+        TOTAL: Counter(pair.group for pair in pairs),
     }
 
 
@@ -150,7 +151,8 @@ def counts_table(pairs: Sequence[Pair]) -> Table:
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
     for kind, numbers in rows:
-        table.add_row(kind, *map(str, numbers), style="bold" if kind == "all" else None)
+        # Types are whatever a source calls them, and no markup.
+        table.add_row(Text(kind), *map(str, numbers), style="bold" if kind == TOTAL else None)
     return table
 
 
@@ -178,7 +180,7 @@ def write_page(
             groups=groups,
             questions=len(pairs),
             differences=sum(pair.group in _DIFFERENCES for pair in pairs),
-            found=counts(pairs)["all"],
+            found=counts(pairs)[TOTAL],
             judged=len(judged),
             accuracies=[sum(pair.right[i] for pair in judged) / max(len(judged), 1) for i in (0, 1)],
         ),

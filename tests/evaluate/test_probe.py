@@ -177,6 +177,9 @@ def test_a_head_that_gives_a_lower_layer_is_finished_by_the_teacher(project, par
     for question in ("digit", "colour", "place"):
         assert metrics["zero_shot"]["scenes"][question]["agreement"]["vision_head"] == 1
     assert_the_teachers_features("vision_head", target=1)
+    for question in ("digit", "colour", "place"):  # a lower layer's output is no last hidden state of the teacher
+        shown = metrics["zero_shot"]["scenes"][question]
+        assert "direct" not in shown and "direct" not in shown["agreement"]
     assert metrics["current_token"] == {"undefined": "neither of the text losses had a weight in stage 1"}
 
 
@@ -381,6 +384,32 @@ def test_imagenet_folders_are_classified_as_the_teacher_itself_would(
         found["imagenet"]["pictures"] == 12 and own["classes"] == 3 and own["chance"] == pytest.approx(1 / 3, abs=1e-4)
     )
     assert own["teacher"] == pytest.approx(right / 12, abs=1e-4) == own["direct"]
+
+
+def test_classes_of_one_first_name_get_prompts_of_their_own(class_folders):
+    def prompts(*lines):
+        (class_folders / "classes.txt").write_text("\n".join(lines))
+        return [own[0] for own in imagenet(class_folders, 3).questions["class"].prompts]
+
+    assert prompts("n01 maillot", "n02 maillot, tank suit", "n03 tench") == [
+        "a photo of a maillot.", "a photo of a tank suit.", "a photo of a tench.",
+    ]  # fmt: skip
+    # The other case is the same word to the text tower; a second name that is another's is none of one's own.
+    assert prompts("n01 Cardigan, tench, Welsh corgi", "n02 cardigan", "n03 tench")[0] == "a photo of a Welsh corgi."
+    assert prompts("n01 tabby, tench", "n02 crane", "n03 tench")[0] == "a photo of a tabby."
+    with pytest.raises(UserError, match="the classes n01 and n02 are both called 'crane' and would have one prompt"):
+        prompts("n01 crane", "n02 crane", "n03 tench")
+
+
+def test_the_two_cranes_of_imagenet_are_told_apart(class_folders):
+    for old, new in (("n01", "n02012849"), ("n02", "n03126707")):
+        (class_folders / "val" / old).rename(class_folders / "val" / new)
+    (class_folders / "classes.txt").unlink()
+    (class_folders / "LOC_synset_mapping.txt").write_text("n02012849 crane\nn03126707 crane\nn03 tench\n")
+    found = imagenet(class_folders, 3).questions["class"].prompts
+    assert sorted(own[0] for own in found) == [
+        "a photo of a construction crane.", "a photo of a crane bird.", "a photo of a tench.",
+    ]  # fmt: skip
 
 
 def test_wrong_class_folders_are_one_sentence(class_folders):

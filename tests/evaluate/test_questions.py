@@ -2,7 +2,10 @@
 
 from collections import Counter
 
+import pytest
+
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
+from haplovl.errors import UserError
 from haplovl.evaluate.questions import Question, balanced, digest, held_out_questions, questions_of
 from haplovl.records import Record, Turn
 
@@ -45,6 +48,12 @@ def test_records_without_kinds_ask_every_turn_as_answer() -> None:
 
 def test_records_without_pictures_ask_nothing() -> None:
     assert questions_of(validated("text", (Turn("Who?", "me", "reading"),), pictures=0)) == []
+
+
+def test_a_type_called_as_the_total_is_refused_by_name() -> None:
+    turns = (Turn("<image>\nWhat colour?", "red", "all"),)
+    with pytest.raises(UserError, match=r"^record 'r' of scenes.jsonl: 'all' names all questions together"):
+        questions_of(validated("r", turns))
 
 
 def test_balanced_takes_answers_in_turns() -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 from noise import noise
+from rich.console import Console
 
 from haplovl.data.scenes import SceneMaker
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
 from haplovl.errors import UserError
 from haplovl.evaluate.looks import RIGHT, WRONG
-from haplovl.evaluate.runner import evaluate
-from haplovl.files import sha256_of
+from haplovl.evaluate.runner import evaluate, summary_table
+from haplovl.files import sha256_of, sha256_of_folder
 from haplovl.records import IMAGE_PLACEHOLDER, Record, Turn
 from haplovl.settings import Params, load_params
 
@@ -68,7 +69,9 @@ def test_evaluate_writes_metrics_predictions_and_report(project: Path, params: P
     assert metrics["questions"] == metrics["n"] == len(rows) == sum(t["n"] for t in metrics["types"].values())
     assert metrics["accuracy"] == round(sum(row["correct"] for row in rows) / len(rows), 4)
     assert 0 <= metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"] < 1
-    assert json.loads(first["reports/evaluation/run.json"])["recipe"] == params.recipe
+    told = json.loads(first["reports/evaluation/run.json"])
+    assert told["recipe"] == params.recipe
+    assert told["models"] == {"stage2": sha256_of_folder(project / "models/stage2")}
     assert all(0 < t["n"] <= 6 for t in metrics["types"].values())
     assert {"colour", "digit", "position", "count", "presence"} == set(metrics["types"])
     assert "Held-out questions" in capsys.readouterr().out
@@ -97,6 +100,12 @@ def test_the_blanked_answers_do_not_depend_on_the_pictures(project: Path, params
 def predictions(project: Path) -> list[dict]:
     text = (project / "reports/evaluation/predictions.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def test_types_are_no_markup(capsys) -> None:
+    shares = dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "majority", "blank_image", "margin"), 0.5)
+    Console().print(summary_table({**shares, "n": 1, "types": {"[/x]": {**shares, "n": 1}}}))
+    assert "[/x]" in capsys.readouterr().out
 
 
 def test_missing_inputs_are_named(project: Path, params: Params) -> None:

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from made_runs import REPO
 from PIL import Image
 
 from haplovl import cli
 from haplovl.data.media import Media
 from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
 from haplovl.errors import UserError
-from haplovl.evaluate.answer import load_model
+from haplovl.evaluate.answer import Answer, load_model
 from haplovl.evaluate.exams import read_questions, take_exam
 from haplovl.evaluate.predictions import read_predictions
 from haplovl.evaluate.questions import held_out_questions
@@ -138,6 +141,13 @@ def test_the_command_writes_a_page_that_needs_nothing_else(project, monkeypatch,
     assert {path.name: path.read_bytes() for path in Path("reports/side_by_side").iterdir()} == before
 
 
+def test_types_are_no_markup(project, monkeypatch, capsys):
+    lines = [{**row, "kind": "[/x][bold]"} for row in rows(0, project)]
+    write(Path("x.jsonl"), lines)
+    assert run(monkeypatch, "x.jsonl", "x.jsonl") in (0, None)
+    assert "[/x][bold]" in capsys.readouterr().out
+
+
 def test_a_picture_that_is_another_one_now_is_not_shown(project, monkeypatch):
     Image.new("RGB", (32, 32), "green").save(project / RAW / "own/media/small.png")
     (project / RAW / "own/media/large.png").unlink()
@@ -175,6 +185,7 @@ DIFFERENT_DATA = "a.jsonl and x.jsonl were asked on different test data: 1 of 6 
         ({"id": "q0"}, "x.jsonl, line 2: the question 'q0' occurs twice"),
         ({"image_sha256": None}, "x.jsonl, line 2: 'image_sha256' is missing; 'haplovl evaluate' writes it"),
         ({"image_sha256": []}, "x.jsonl, line 2: there are 1 images, but 0 image_sha256"),
+        ({"kind": "all"}, "x.jsonl, line 2: 'all' names all questions together and cannot be the type of some"),
         ({"prediction": None}, "x.jsonl, line 2: 'prediction' is missing"),
         ({"prediction": 3}, "x.jsonl, line 2: 'prediction' must be a string"),
         ({"confidence": "high"}, "x.jsonl, line 2: 'confidence' must be a number"),
@@ -254,6 +265,7 @@ def test_a_model_answers_as_its_predictions_say(project, tiny_model_dir, monkeyp
             {"question": "Which?", "images": "http://a/b.png"},
             "own.jsonl, line 1: http://a/b.png: a URL is no local file",
         ),
+        ({"question": "Which?", "kind": "all"}, "own.jsonl, line 1: 'all' names all questions together"),
         ({"question": " "}, "own.jsonl, line 1: the question is empty"),
         ({"images": []}, "own.jsonl, line 1: 'question' is missing"),
     ],
@@ -263,6 +275,27 @@ def test_questions_that_cannot_be_asked_are_refused(project, line, message):
     with pytest.raises(UserError) as refused:
         read_questions(Path("own.jsonl"))
     assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
+
+
+def test_models_are_asked_as_the_evaluation_asks_them(project, tiny_model_dir, monkeypatch):
+    """In the same precision, and in batches as small as params.yaml says."""
+    asked = {}
+
+    def noted(model, processor, texts, *_, **settings):
+        asked.update(settings, dtype=model.dtype)
+        return [Answer("7", -0.1) for _ in texts]
+
+    shutil.copytree(tiny_model_dir, "half")
+    config = json.loads(Path("half/config.json").read_text()) | {"dtype": "bfloat16"}
+    Path("half/config.json").write_text(json.dumps(config))
+    settings = yaml.safe_load((REPO / "params.yaml").read_text())
+    settings["evaluate"] |= {"batch": 3, "batch_tokens": 777}
+    Path("params.yaml").write_text(yaml.safe_dump(settings))
+    write(Path("own.jsonl"), [{"id": "q0", "question": "Which?"}])
+    monkeypatch.setattr("haplovl.evaluate.exams.scored_answers", noted)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    take_exam(Path("half"), Path("half"), Path("own.jsonl"))
+    assert (asked["batch"], asked["batch_tokens"], asked["dtype"]) == (3, 777, torch.float32)
 
 
 def test_questions_without_a_model_to_ask_are_refused(project):

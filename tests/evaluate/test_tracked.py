@@ -84,7 +84,7 @@ def test_a_training_is_described_grouped_and_whole_after_going_on(folders) -> No
     run = read_offline_run(parts[-1])
     assert [(row["step"], row["loss"]) for row in run.rows] == LOSSES
     assert run.config["recipe"] == "tracked" and run.config["code"]["sha256"] == "c0de"
-    assert run.config["params"]["stage1"]["steps"] == 200
+    assert run.config["params"]["stage1"]["steps"] == settings()["stage1"]["steps"]
     assert [row["step"] for row in read_offline_run(parts[0]).rows] == [1, 2, 3]
     told = parts[-1].joinpath(next(parts[-1].glob("*.wandb"))).read_bytes()
     assert b"recipe-tracked" in told and b"tracked-stage2-seed-1" in told and b"seed-1" in told
@@ -98,6 +98,16 @@ def test_parts_of_one_second_are_read_in_their_order(folders, tmp_path) -> None:
     again = shutil.copytree(second, copied.with_name(f"{copied.name}-1"))
     assert [(row["step"], row["loss"]) for row in read_offline_run(again).rows] == LOSSES
     assert [row["step"] for row in read_offline_run(copied).rows] == [1, 2, 3]
+
+
+def test_a_training_that_went_on_online_is_whole(folders, tmp_path) -> None:
+    """A start offline leaves offline-run-…, one online run-…, and both are parts of one run."""
+    first, second = offline(folders[0], "stage2")
+    id_ = "stage2-aaaaaaaaaaaaaaaa"
+    offline_part = shutil.copytree(first, tmp_path / f"offline-run-20261128_071154-{id_}")
+    online_part = shutil.copytree(second, tmp_path / f"run-20261128_081154-{id_}")
+    assert [(row["step"], row["loss"]) for row in read_offline_run(online_part).rows] == LOSSES
+    assert [row["step"] for row in read_offline_run(offline_part).rows] == [1, 2, 3]
 
 
 def test_an_evaluation_has_all_predictions_and_some_pictures(folders) -> None:

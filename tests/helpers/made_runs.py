@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from haplovl.files import sha256_of_folder
+
 REPO = Path(__file__).resolve().parents[2]
 KINDS = {"colour": ("red", "blue"), "count": ("one", "two", "three")}
 
@@ -85,6 +87,7 @@ def project(folder: Path, accuracy: float, level: float = 1.0, **changes: Any) -
     }
     code = {"sha256": "c" * 64, "git_commit": "1234567890abcdef", "git_dirty": True}
     (state / "run.json").write_text(json.dumps({"stage": "stage2", **about, "code": code}))
+    models = {stage: sha256_of_folder(folder / "models" / stage) for stage in ("stage1", "stage2")}
     write_lines(folder / "reports/evaluation/predictions.jsonl", predictions(accuracy, params["seed"]))
-    (folder / "reports/evaluation/run.json").write_text(json.dumps({"stage": "evaluate", **about}))
+    (folder / "reports/evaluation/run.json").write_text(json.dumps({"stage": "evaluate", **about, "models": models}))
     return folder

@@ -21,7 +21,8 @@ PROFILES = {"one": (1, 0, 1), "two": (2, 1, 2), "three": (2, 3, 1)}
 def make_project(folder, vision, language, processor, stage):
     """Teachers and prepared records in `folder`, ready to train.
 
-    Text takes the paper's path. `stage` are settings of both stages. A fifth of the records have no picture; ten are held out for validation.
+    Text takes the paper's path. `stage` are settings of both stages. A fifth of the records have no picture; ten are
+    held out for validation.
     """
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["model"].update(text_path="connector", connector="text_head")

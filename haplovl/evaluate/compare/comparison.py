@@ -4,15 +4,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from haplovl.errors import UserError
+from haplovl.evaluate.compare.grouping import grouped, named, notes_on_seeds
 from haplovl.evaluate.compare.runs import ComparedRun
 from haplovl.evaluate.predictions import require_same_questions
+from haplovl.evaluate.questions import TOTAL
 from haplovl.evaluate.statistics import (
     SIGNIFICANT,
     Difference,
@@ -21,17 +22,18 @@ from haplovl.evaluate.statistics import (
     holm,
     paired_difference,
 )
-from haplovl.settings import fingerprint
 
-ALL = "all"
+ALL = TOTAL
 UNKNOWN, UNSET = "unknown", "not set"
 _MOVE_A_LOSS = ("objective", "losses", "mixture", "curriculum", "temperature", "vision_layer")
 """Settings of a stage that change what its loss is a loss of."""
+_TEACHERS = ("teachers.vision", "teachers.language")
+"""Settings that change what a distillation's loss is a loss of: the distance to these very models."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but their seeds: one recipe; or a single run.
+    """Runs of one recipe with different seeds (`haplovl.evaluate.compare.grouping`); or a single run.
 
     `accuracy` is by question type, and `all`; empty where there are no answers, or none that may be compared.
     """
@@ -117,8 +119,7 @@ def compare(runs: Sequence[ComparedRun]) -> Comparison:
     """
     _require_common_ground(runs)
     refusal = _refusal(runs)
-    grouped = _group(_named(runs))
-    groups = [Group(name, members, {} if refusal else _accuracies(members)) for name, members in grouped]
+    groups = [Group(name, own, {} if refusal else _accuracies(own)) for name, own in grouped(named(runs))]
     verdicts = [] if refusal else _verdicts(groups)
     settings = _differing_settings(groups)
     training = [figures for group in groups for run in group.runs for figures in _figures(run)]
@@ -144,62 +145,24 @@ def _refusal(runs: Sequence[ComparedRun]) -> str:
     return ""
 
 
-def _named(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
-    """Runs with names that tell them apart: recipe and seed where that is enough, else what differs in their paths."""
-    plain = [f"{run.about.recipe} seed {run.about.seed}" if run.about.recipe else "" for run in runs]
-    paths = _short([run.path for run in runs])
-    named = []
-    for run, name, path in zip(runs, plain, paths, strict=True):
-        name = path if not name else name if plain.count(name) == 1 else f"{name} ({path})"
-        named.append(replace(run, name=name))
-    return named
-
-
-def _short(paths: Sequence[Path]) -> list[str]:
-    """The part of each path that tells it apart: a/x/reports and b/x/reports are a and b."""
-    parts = [path.resolve().parts for path in paths]
-    while len({own[-1] for own in parts}) == 1 and all(len(own) > 1 for own in parts):
-        parts = [own[:-1] for own in parts]
-    last = [own[-1] for own in parts]
-    return last if len(set(last)) == len(last) else [str(path) for path in paths]
-
-
-def _group(runs: Sequence[ComparedRun]) -> list[tuple[str, list[ComparedRun]]]:
-    """Runs of one recipe, settings, data and code with different seeds together; in the order of the first ones."""
-    families: dict[str, list[ComparedRun]] = {}
-    for run in runs:
-        about = run.about
-        known = about.recipe and about.settings and about.seed is not None
-        same = fingerprint([about.recipe, about.settings, about.data, about.code, sorted(run.logs), bool(run.answers)])
-        families.setdefault(same if known else run.name, []).append(run)
-    groups = []
-    for members in families.values():
-        seeds = {run.about.seed for run in members}
-        if len(members) > 1 and len(seeds) == len(members):
-            groups.append((f"{members[0].about.recipe} ({len(seeds)} seeds)", members))
-        else:
-            groups += [(run.name, [run]) for run in members]
-    names = [name for name, _ in groups]
-    return [(name if names.count(name) == 1 else f"{name}, {own[0].path}", own) for name, own in groups]
-
-
 # --- settings --------------------------------------------------------------------------------------------------------
 def _differing_settings(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     """Settings with different values. One that a run's whole section lacks is unknown there, and no difference."""
-    known = [group.runs[0].about.settings for group in groups]
-    sections = [{name.split(".")[0] for name in settings} for settings in known]
-    found = []
-    for name in dict.fromkeys(name for settings in known for name in settings):
-        told = [
-            _text(settings[name]) if name in settings else UNSET if name.split(".")[0] in own else UNKNOWN
-            for settings, own in zip(known, sections, strict=True)
-        ]
-        if len({value for value in told if value != UNKNOWN}) > 1:
-            found.append((name, told))
-    return found
+    names = dict.fromkeys(name for group in groups for run in group.runs for name in run.about.settings)
+    told = {name: [_values(group, name) for group in groups] for name in names}
+    return [(name, values) for name, values in told.items() if len({value for value in values if value != UNKNOWN}) > 1]
 
 
-def _text(value: Any) -> str:
+def _values(group: Group, name: str) -> str:
+    """The value of a setting; several where seeds have their own."""
+    return ", ".join(dict.fromkeys(_value(run, name) for run in group.runs))
+
+
+def _value(run: ComparedRun, name: str) -> str:
+    settings, section = run.about.settings, name.split(".")[0]
+    if name not in settings:
+        return UNSET if any(own.split(".")[0] == section for own in settings) else UNKNOWN
+    value = settings[name]
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -273,7 +236,8 @@ def _notes(
     unasked = [run.name for run in runs if run.answers is None]
     if unasked and len(unasked) < len(runs):
         notes.append(f"There are no answers of {', '.join(unasked)}.")
-    return notes + _notes_on_losses(groups, settings)
+    notes += dict.fromkeys(note for run in runs for note in run.notes)
+    return notes + notes_on_seeds([group.runs for group in groups]) + _notes_on_losses(groups, settings)
 
 
 def _notes_on_losses(groups: Sequence[Group], settings: Sequence[tuple[str, list[str]]]) -> list[str]:
@@ -283,8 +247,10 @@ def _notes_on_losses(groups: Sequence[Group], settings: Sequence[tuple[str, list
         if len(having) < 2:
             continue
         differing = ["the training data"] if len({g.runs[0].about.data for g in having} - {""}) > 1 else []
-        named = ("prepare", "model.image_size", *(f"{stage}.{name}" for name in _MOVE_A_LOSS))
-        differing += [name for name, _ in settings if name == named or name.startswith(named)]
+        moving = ("prepare", "model.image_size", *(f"{stage}.{name}" for name in _MOVE_A_LOSS))
+        if any(group.runs[0].about.settings.get(f"{stage}.objective") == "distillation" for group in having):
+            moving += _TEACHERS
+        differing += [name for name, _ in settings if name.startswith(moving)]
         if differing:
             notes.append(
                 f"Losses of {stage} are of different tasks ({', '.join(differing)} differ): they tell how each run "

@@ -1,6 +1,7 @@
 """A run as `haplovl compare` sees it, read from whatever a training or an evaluation leaves on disk."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,11 +12,20 @@ import yaml
 from haplovl.errors import UserError
 from haplovl.evaluate.compare.wandb_files import read_offline_run
 from haplovl.evaluate.predictions import Side, predictions_of, read_predictions
-from haplovl.files import RUN_FILE, STAGE1, STAGE2, read_json
+from haplovl.files import HEADS, REPORTS, RUN_FILE, RUNS, STAGE1, STAGE2, read_json, sha256_of_folder
 from haplovl.settings import Params
 
 STATE_LOG, MODEL_LOG, PREDICTIONS = "log.jsonl", "training_log.jsonl", "predictions.jsonl"
-STAGES = ("stage1", "stage2")
+EVALUATION = REPORTS / "evaluation"
+MODELS = (STAGE1, STAGE2)
+UNNAMED_STAGE = "training"
+"""What a log is called that does not say which stage it is of."""
+NO_RESULT = ("register", "compare", "probe")
+"""Sections of the settings that decide nothing of a run; descriptions of older versions hold some of them."""
+UNCHECKED = (
+    "Some evaluations, of an older version, do not name the models that they asked: whether the losses are of these "
+    "very models is not checked."
+)
 KINDS = (
     f"a project (params.yaml), an evaluation ({PREDICTIONS}), a training run ({STATE_LOG}), a model ({MODEL_LOG}) or "
     "an offline W&B run (*.wandb)"
@@ -48,6 +58,8 @@ class ComparedRun:
     answers: Side | None
     name: str = ""
     """How tables call it."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know of what its files hold."""
 
 
 def read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
@@ -100,25 +112,34 @@ def _folder(path: Path) -> Path:
 
 # --- the kinds -------------------------------------------------------------------------------------------------------
 def _read_project(folder: Path) -> ComparedRun:
-    about, logs = _about_of_project(folder), {}
-    for stage, model in zip(STAGES, (STAGE1, STAGE2), strict=True):
-        logs[stage] = _log(folder / model / MODEL_LOG)
-        # The run's own log also holds what the clock said, which no out may.
-        own = _own_folder(logs[stage], folder / "runs" / "training", stage) if logs[stage] else None
-        if own:
-            logs[stage] = _log(own / STATE_LOG)
-            about = _with_code(about, _description(own).get("code", {}))
-    logs = {stage: rows for stage, rows in logs.items() if rows}
-    evaluation = folder / "reports" / "evaluation"
-    answers = read_predictions(evaluation / PREDICTIONS) if (evaluation / PREDICTIONS).is_file() else None
+    told = _description(folder / EVALUATION)
+    said = folder / EVALUATION / PREDICTIONS
+    answers = read_predictions(said) if said.is_file() else None
+    about, logs, notes = _about_of_project(folder), {}, []
+    for model in MODELS:
+        stage, rows = model.name, _log(folder / model / MODEL_LOG)
+        asked = _was_asked(told, folder / model) if rows and answers else True
+        if asked is None:
+            notes.append(UNCHECKED)
+        if asked is False:
+            notes.append(
+                f"{folder / model} is another model than the one that {folder / EVALUATION} is of, so that its losses "
+                "are left out; 'haplovl evaluate' brings both together."
+            )
+        elif rows:
+            # The run's own log also holds what the clock said, which no out may.
+            own = _own_folder(rows, folder / RUNS / "training", stage)
+            logs[stage] = _log(own / STATE_LOG) if own else rows
+            about = _with_code(about, _description(own).get("code", {})) if own else about
     if not logs and answers is None:
         raise UserError(f"{folder} has nothing to compare yet: it holds no trained model and no evaluation")
-    return ComparedRun(folder, about, logs, answers)
+    return ComparedRun(folder, about, logs, answers, notes=tuple(dict.fromkeys(notes)))
 
 
 def _read_evaluation(folder: Path) -> ComparedRun:
     told = _description(folder)
-    about = _about(told) if told else _about_of_project(folder.parent.parent)
+    project = _project_around(folder, EVALUATION)
+    about = _about(told) if told or project is None else _about_of_project(project)
     return ComparedRun(folder, about, {}, read_predictions(folder / PREDICTIONS))
 
 
@@ -129,16 +150,31 @@ def _read_state(folder: Path) -> ComparedRun:
 
 
 def _read_model(folder: Path) -> ComparedRun:
-    logs = {folder.name: _require_log(folder / MODEL_LOG)}
-    return ComparedRun(folder, _about_of_project(folder.parent.parent), logs, None)
+    rows = _require_log(folder / MODEL_LOG)
+    stage = _stage_of(folder, rows)
+    return ComparedRun(folder, _about_of_model(folder, stage, rows), {stage: rows}, None)
+
+
+def _stage_of(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """What a model's own files tell of its stage, else its folder's name."""
+    if (folder / HEADS).is_file() or "loss_vision" in rows[0]:
+        return STAGE1.name
+    name = Path(os.path.abspath(folder)).name
+    return name if name in (STAGE1.name, STAGE2.name) else UNNAMED_STAGE
 
 
 def _read_wandb(folder: Path) -> ComparedRun:
     run = read_offline_run(folder)
-    stage = run.config.get("stage", "training")
+    stage = run.config.get("stage", UNNAMED_STAGE)
     answers = predictions_of(dict(enumerate(run.predictions, 1)), str(folder)) if run.predictions else None
     if not run.rows and answers is None:
         raise UserError(f"{folder} has nothing to compare: W&B holds neither a training step nor predictions of it")
+    asked = run.config.get("questions", {}).get("asked", 0)
+    if answers and len(answers.answers) < asked:
+        raise UserError(
+            f"{folder} holds {len(answers.answers)} of {asked} answers, as W&B's table of them ends there, and these "
+            "are not drawn by chance; give the project or its reports/evaluation"
+        )
     return ComparedRun(folder, _about(run.config), {stage: run.rows} if run.rows else {}, answers)
 
 
@@ -150,7 +186,8 @@ def _description(folder: Path) -> dict[str, Any]:
 
 def _about(told: dict[str, Any]) -> About:
     """From a description as `haplovl.tracking` writes it."""
-    settings = {name: value for name, value in told.get("params", {}).items() if name not in ("recipe", "seed")}
+    left_out = ("recipe", "seed", *NO_RESULT)
+    settings = {name: value for name, value in told.get("params", {}).items() if name not in left_out}
     data = told.get("data", {}).get("manifest_sha256", "")
     return _with_code(About(told.get("recipe", ""), told.get("seed"), flat(settings), data), told.get("code", {}))
 
@@ -160,11 +197,37 @@ def _with_code(about: About, code: dict[str, Any]) -> About:
     return replace(about, code=code.get("sha256", ""), commit=commit)
 
 
+def _project_around(folder: Path, *places: Path) -> Path | None:
+    """The project that a folder belongs to, if it is where a project has it; anything may lie around other folders."""
+    whole = Path(os.path.abspath(folder))
+    return whole.parents[1] if any(whole.parts[-2:] == place.parts for place in places) else None
+
+
+def _was_asked(told: dict[str, Any], model: Path) -> bool | None:
+    """Whether an evaluation, by its description, is of the model that lies here now; None where it does not tell."""
+    return told["models"].get(model.name) == sha256_of_folder(model) if "models" in told else None
+
+
+def _about_of_model(folder: Path, stage: str, rows: list[dict[str, Any]]) -> About:
+    """From the training that its log came from, else from its evaluation, else from the project's settings of now."""
+    project = _project_around(folder, *MODELS)
+    if project is None:
+        return About()
+    own = _own_folder(rows, project / RUNS / "training", stage)
+    if own and (told := _description(own)):
+        return _about(told)
+    told = _description(project / EVALUATION)
+    return _about(told) if told and _was_asked(told, folder) is not False else _about_of_params(project)
+
+
 def _about_of_project(folder: Path) -> About:
     """From the evaluation of a project, which says what it was made of, else from its params.yaml as it is now."""
-    told, params = _description(folder / "reports" / "evaluation"), folder / "params.yaml"
-    if told:
-        return _about(told)
+    told = _description(folder / EVALUATION)
+    return _about(told) if told else _about_of_params(folder)
+
+
+def _about_of_params(folder: Path) -> About:
+    params = folder / "params.yaml"
     if not params.is_file():
         return About()
     try:
@@ -177,7 +240,6 @@ def _about_of_project(folder: Path) -> About:
         whole = Params.model_validate(settings).model_dump(mode="json", by_alias=True)
     except ValueError:  # of another version of the code: as they stand
         whole = settings
-    whole = {name: value for name, value in whole.items() if name not in ("register", "compare")}
     return _about({"recipe": whole.get("recipe", ""), "seed": whole.get("seed"), "params": whole})
 
 

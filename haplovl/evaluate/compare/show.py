@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from haplovl.errors import UserError
-from haplovl.evaluate.compare.comparison import ALL, Comparison, StageFigures, Verdict, compare
+from haplovl.evaluate.compare.comparison import ALL, UNKNOWN, Comparison, StageFigures, Verdict, compare
 from haplovl.evaluate.compare.runs import ComparedRun, read_runs
+from haplovl.evaluate.console import wide_console
 from haplovl.evaluate.statistics import Interval
 
 NONE = "–"
@@ -22,10 +22,12 @@ def show(paths: Sequence[Path], html: Path | None = None) -> None:
 
     Raises:
         UserError: a path holds no run, there is nothing to compare, or the runs were asked different questions: then
-            everything but accuracies is shown first.
+            everything but accuracies is shown first. Or the page cannot be where it is wanted: before any work.
     """
+    if html is not None:
+        _require_room(html)
     comparison = compare(read_runs(paths))
-    console = Console(highlight=False)
+    console = wide_console()
     for table in tables(comparison):
         console.print(table)
     for note in comparison.notes:
@@ -37,6 +39,14 @@ def show(paths: Sequence[Path], html: Path | None = None) -> None:
         console.print(f"The page is {html}", markup=False)
     if comparison.refusal:
         raise UserError(comparison.refusal)
+
+
+def _require_room(html: Path) -> None:
+    if html.is_dir():
+        raise UserError(f"--html names a file to write, and {html} is a folder")
+    nearest = next(parent for parent in html.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{html} cannot be written: {nearest} is no folder")
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -76,9 +86,9 @@ def _runs(comparison: Comparison) -> Table:
 def lineage(run: ComparedRun) -> tuple[str, ...]:
     """Recipe, seed, training data, code, commit and place of a run."""
     about = run.about
-    seed = NONE if about.seed is None else str(about.seed)
-    told = (about.recipe, seed, about.data[:10], about.code[:10], about.commit)
-    return (*(text or NONE for text in told), str(run.path))
+    seed = UNKNOWN if about.seed is None else str(about.seed)
+    told = (about.data[:10], about.code[:10], about.commit)
+    return (about.recipe or UNKNOWN, seed, *(text or NONE for text in told), str(run.path))
 
 
 def _settings(comparison: Comparison) -> Table:

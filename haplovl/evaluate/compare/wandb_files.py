@@ -29,7 +29,7 @@ class OfflineRun:
 
 
 def read_offline_run(folder: Path) -> OfflineRun:
-    """Reads a folder `offline-run-…`, and those before it that hold earlier parts of the same run.
+    """Reads a folder `offline-run-…` or `run-…`, and those before it that hold earlier parts of the same run.
 
     A training that was killed and went on leaves one folder for every start; all of them bear its id.
 
@@ -58,8 +58,8 @@ def read_offline_run(folder: Path) -> OfflineRun:
 def _parts(folder: Path) -> list[Path]:
     """The folders of one run up to this one, oldest first.
 
-    They are named offline-run-<time>-<id>, and a second start in the same second offline-run-<time>-<id>-1; the file
-    inside, run-<id>.wandb, tells the id.
+    They are named offline-run-<time>-<id>, run-<time>-<id> where that start was online, and a second start in the same
+    second has -1 at its end; the file inside, run-<id>.wandb, tells the id.
     """
     file = next(folder.glob("run-*.wandb"), None)
     if file is None:
@@ -67,11 +67,12 @@ def _parts(folder: Path) -> list[Path]:
     id_ = file.stem.removeprefix("run-")
 
     def start(path: Path) -> tuple[str, int]:
-        time, _, rest = path.name.removeprefix("offline-run-").partition("-")
+        time, _, rest = path.name.removeprefix("offline-").removeprefix("run-").partition("-")
         number = rest.removeprefix(f"{id_}-")
         return time, int(number) if number.isdigit() else 0
 
-    same = [path for path in folder.parent.glob("offline-run-*") if (path / file.name).exists()]
+    starts = [path for pattern in ("offline-run-*", "run-*") for path in folder.parent.glob(pattern)]
+    same = [path for path in starts if (path / file.name).exists()]
     return sorted((path for path in same if start(path) <= start(folder)), key=start) or [folder]
 
 

@@ -1,6 +1,7 @@
 """Pictures of known classes and the words for them: scenes of one digit, and folders in ImageNet's layout."""
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -18,6 +19,8 @@ NAMES = ("classes.txt", "LOC_synset_mapping.txt")
 """Files that name the classes, the second as ImageNet's own download calls it. A line is `FOLDER NAME, OTHER NAME…`."""
 SUFFIXES = (".jpeg", ".jpg", ".png")
 PROMPT = "a photo of a {}."
+MORE_NAMES = {"n02012849": "crane bird", "n03126707": "construction crane"}
+"""Names of the two classes of ImageNet that its own list calls alike and nothing else; those are CLIP's."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def imagenet(folder: Path, count: int) -> PictureSet:
     """At most `count` pictures of a folder with `val/CLASS/*.JPEG` (or `CLASS/*.JPEG`), class by class in turns.
 
     Raises:
-        UserError: there is no such folder, it holds no classes with pictures, or a class has no name.
+        UserError: there is no such folder, it holds no classes with pictures, or a class has no name of its own.
     """
     if not folder.is_dir():
         raise UserError(f"probe.imagenet: there is no folder {folder}")
@@ -83,7 +86,8 @@ def imagenet(folder: Path, count: int) -> PictureSet:
         raise UserError(f"probe.imagenet: no line of the file with the classes' names is about '{unnamed[0]}'")
     order = [(turn, number) for number, files in enumerate(found.values()) for turn in range(len(files))]
     chosen = [(number, list(found.values())[number][turn]) for turn, number in sorted(order)[:count]]
-    prompts = [[PROMPT.format(names[name])] for name in found]
+    called = _told_apart({name: names[name] for name in found})
+    prompts = [[PROMPT.format(called[name])] for name in found]
     opened = [lambda path=path: _open(path) for _, path in chosen]
     return PictureSet(opened, {"class": Question(prompts, [number for number, _ in chosen])})
 
@@ -99,8 +103,8 @@ def _open(path: Path) -> Image.Image:
         raise UserError(f"probe.imagenet: the picture {path} cannot be used: {error}") from None
 
 
-def _names(folder: Path) -> dict[str, str]:
-    """The first name of every class."""
+def _names(folder: Path) -> dict[str, list[str]]:
+    """All names of every class, in the order of the file."""
     path = next((folder / name for name in NAMES if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"probe.imagenet: {folder} holds neither {' nor '.join(NAMES)}, which name its classes")
@@ -108,5 +112,27 @@ def _names(folder: Path) -> dict[str, str]:
     for line in path.read_text(encoding="utf-8").splitlines():
         parts = line.split(maxsplit=1)
         if len(parts) == 2:
-            names[parts[0]] = parts[1].split(",")[0].strip()
+            more = [MORE_NAMES[parts[0]]] if parts[0] in MORE_NAMES else []
+            names[parts[0]] = [name.strip() for name in parts[1].split(",")] + more
     return names
+
+
+def _told_apart(names: dict[str, list[str]]) -> dict[str, str]:
+    """The first name of every class; where several share it, the next one that is nobody else's.
+
+    Upper and lower case make no difference, as the text tower does not see it.
+    """
+    firsts = Counter(own[0].casefold() for own in names.values())
+    every = Counter(name for own in names.values() for name in {name.casefold() for name in own})
+    called = {}
+    for id_, own in names.items():
+        others = [name for name in own[1:] if every[name.casefold()] == 1]
+        called[id_] = others[0] if firsts[own[0].casefold()] > 1 and others else own[0]
+    ids: dict[str, str] = {}
+    for id_, name in called.items():
+        if (same := ids.setdefault(name.casefold(), id_)) != id_:
+            raise UserError(
+                f"probe.imagenet: the classes {same} and {id_} are both called '{name}' and would have one prompt; "
+                "give one of them another name in classes.txt"
+            )
+    return called

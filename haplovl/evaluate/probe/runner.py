@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
 from haplovl.data.loader import PreparedRecords
@@ -14,6 +13,7 @@ from haplovl.data.media import Media
 from haplovl.data.prepare import read_manifest
 from haplovl.data.validated import read_validated
 from haplovl.errors import UserError
+from haplovl.evaluate.console import wide_console
 from haplovl.evaluate.probe.classes import PictureSet
 from haplovl.evaluate.probe.held_out import in_records, spread
 from haplovl.evaluate.probe.report import write_report, zero_shot_questions
@@ -46,9 +46,9 @@ def probe(params: Params, root: Path = Path(".")) -> None:
     with whole_folder(root / REPORTS / "stage1") as folder:
         write_report(folder / "index.html", params, metrics, cka)
     write_json(root / METRICS / "stage1.json", metrics)
-    console = Console()
+    console = wide_console()
     console.print(summary_table(metrics))
-    console.print(f"The report is {root / REPORTS / 'stage1' / 'index.html'}")
+    console.print(f"The report is {root / REPORTS / 'stage1' / 'index.html'}", markup=False)
 
 
 def measure(params: Params, root: Path) -> tuple[dict[str, Any], list[list[float]] | None]:

@@ -3,7 +3,7 @@
 The class token has no part in the distillation loss: it learns nothing but by attending to patches that do, and
 nothing keeps it in the teacher's space. So three ways are measured that lead there from it: a linear map, fitted to the
 teacher's class tokens of training pictures; the vision head, which was trained on patches alone; and the last layer's
-output as it is, since the layers were inherited.
+output as it is, where the layers are as many as the teacher's and were inherited.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +86,9 @@ def look(subject: Subject, pictures: Sequence[Image.Image], target: int) -> Clas
         for layer in subject.teacher.encoder.layers[target:]:
             replaced = layer(replaced, None)
         features["vision_head"] = project(subject, replaced[:, 0])
-    if done.states[-1].shape[-1] == states[-1].shape[-1]:
+    own_layers, their_layers = subject.layers
+    # The last of fewer layers was inherited from a lower one of the teacher: its output is no last hidden state.
+    if own_layers == their_layers and done.states[-1].shape[-1] == states[-1].shape[-1]:
         features["direct"] = project(subject, done.states[-1][:, 0])
     return ClassTokens(done.output[:, 0], states[-1][:, 0], features)
 

@@ -15,6 +15,7 @@ from haplovl.errors import UserError
 from haplovl.evaluate.compare.comparison import ALL, UNSET, compare
 from haplovl.evaluate.compare.runs import read_run, read_runs
 from haplovl.evaluate.compare.show import show
+from haplovl.evaluate.compare.wandb_files import OfflineRun
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,57 @@ def test_runs_that_differ_in_their_seed_only_are_one_recipe(tmp_path: Path) -> N
     assert not comparison.settings and not comparison.notes
 
 
+@pytest.mark.parametrize("steps", [(2609, 2569, 2590), (1000, 1030, 1001)])
+def test_seeds_with_nearly_equal_steps_are_one_recipe_and_that_is_said(steps, tmp_path: Path) -> None:
+    """Equal compute gives every seed a number of steps of its own."""
+    runs = [project(tmp_path / f"a{i}", 0.85, recipe="llava", seed=i, stage2__steps=n) for i, n in enumerate(steps)]
+    runs += [project(tmp_path / f"b{i}", 0.86, recipe="other", seed=i, evaluate__batch=7 + i) for i in range(3)]
+    comparison = compare(read_runs(runs))
+    assert [group.name for group in comparison.groups] == ["llava (3 seeds)", "other (3 seeds)"]
+    assert [run.path.name for run in comparison.runs] == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert len([verdict for verdict in comparison.verdicts if verdict.kind == ALL]) == 1
+    assert dict(comparison.settings)["stage2.steps"] == [", ".join(map(str, steps)), "1800"]
+    (note,) = comparison.notes
+    assert note.startswith(f"The seeds of llava are taken together although stage 2 has {min(steps)} to {max(steps)} ")
+
+
+def test_grids_of_steps_and_seeds_are_a_recipe_for_each_number_of_steps(tmp_path: Path) -> None:
+    grid = [(1200, 1), (2400, 1), (1210, 1), (1200, 2), (2400, 2), (1210, 2)]
+    runs = [project(tmp_path / f"{n}-{seed}", 0.85, seed=seed, stage2__steps=n) for n, seed in grid]
+    comparison = compare(read_runs(runs))
+    assert [[run.path.name for run in group.runs] for group in comparison.groups] == [
+        ["1200-1", "1200-2"], ["2400-1", "2400-2"], ["1210-1", "1210-2"],
+    ]  # fmt: skip
+    assert not comparison.notes
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"stage2__steps": 1860}, "stage2.steps differs"),
+        ({"stage2__steps": 900, "model__class_token": True}, "model.class_token and stage2.steps differ"),
+        ({"stage1__steps": 7, "model__class_token": True, "stage2__optimizer": {}, "teachers": {"vision": 1}}, " more"),
+    ],
+)
+def test_why_seeds_are_not_taken_together_is_said(changes, reason, tmp_path: Path) -> None:
+    runs = [project(tmp_path / "a", 0.85, seed=1), project(tmp_path / "b", 0.85, seed=2, **changes)]
+    comparison = compare(read_runs(runs))
+    assert [group.name for group in comparison.groups] == ["haplovl seed 1", "haplovl seed 2"]
+    (note,) = (note for note in comparison.notes if "not taken together" in note)
+    assert note.startswith("Runs of haplovl with different seeds are not taken together, because ") and reason in note
+
+
+def test_seeds_of_other_code_or_twice_are_not_taken_together(tmp_path: Path) -> None:
+    a, b = (project(tmp_path / name, 0.85, seed=seed) for name, seed in (("a", 1), ("b", 2)))
+    path = next((b / "runs/training").iterdir()) / "run.json"
+    path.write_text(path.read_text().replace("c" * 64, "e" * 64))
+    assert "because the code differs." in " ".join(compare(read_runs([a, b])).notes)
+    again = project(tmp_path / "again", 0.85, seed=1)
+    again_b = project(tmp_path / "b2", 0.85, seed=2)
+    found = compare(read_runs([a, again, again_b]))
+    assert len(found.groups) == 3 and "because a seed is there twice." in " ".join(found.notes)
+
+
 def test_the_same_seed_twice_is_no_second_seed(tmp_path: Path) -> None:
     comparison = compare(read_runs([project(tmp_path / "before", 0.85), project(tmp_path / "after", 0.85)]))
     assert [group.name for group in comparison.groups] == ["haplovl seed 17 (before)", "haplovl seed 17 (after)"]
@@ -105,6 +157,69 @@ def test_every_kind_of_folder_and_its_files_are_read(tmp_path: Path) -> None:
     assert read_run(folder / "reports/evaluation/predictions.jsonl").answers is not None
     assert read_run(state / "log.jsonl").about == read_run(state).about
     assert read_run(folder / "params.yaml").path == folder
+
+
+def test_a_retrained_model_is_not_shown_beside_an_older_evaluation(tmp_path: Path) -> None:
+    a, b = (project(tmp_path / name, 0.9, recipe=name) for name in ("a", "b"))
+    write_lines(b / "models/stage2/training_log.jsonl", log_rows(40, 0.1, measured=False))
+    (b / "params.yaml").write_text(json.dumps(settings(recipe="newer", seed=99)))
+    comparison = compare(read_runs([a, b]))
+    assert [set(run.logs) for run in comparison.runs] == [{"stage1", "stage2"}, {"stage1"}]
+    assert [(row.run, row.stage) for row in comparison.training] == [
+        ("a seed 17", "stage1"), ("a seed 17", "stage2"), ("b seed 17", "stage1"),
+    ]  # fmt: skip
+    assert comparison.verdicts  # the accuracies are those of the evaluation, whose settings are shown
+    (note,) = (note for note in comparison.notes if "another model" in note)
+    assert note.startswith(f"{b / 'models/stage2'} is another model than the one that {b / 'reports/evaluation'} is of")
+    model = read_run(b / "models/stage2")  # is no longer what the evaluation tells of
+    assert (model.about.recipe, model.about.seed) == ("newer", 99)
+
+
+def test_an_evaluation_of_an_older_version_is_read_and_not_taken_as_checked(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        path = project(tmp_path / name, 0.9, recipe=name) / "reports/evaluation/run.json"
+        told = json.loads(path.read_text())
+        del told["models"]
+        path.write_text(json.dumps(told))
+    comparison = compare(read_runs([tmp_path / "a", tmp_path / "b"]))
+    assert all(set(run.logs) == {"stage1", "stage2"} for run in comparison.runs)
+    assert sum("whether the losses are of these very models is not checked" in note for note in comparison.notes) == 1
+
+
+def test_a_model_elsewhere_takes_nothing_from_what_lies_around_it(tmp_path: Path, monkeypatch, capsys) -> None:
+    for name in ("a", "b"):
+        folder = project(tmp_path / name, 0.9, recipe=name)
+        shutil.copytree(folder / "models/stage1", folder / "kept/first")
+        (folder / "kept/first/heads.safetensors").touch()
+        shutil.copytree(folder / "models/stage2", folder / "kept/second")
+        shutil.copytree(folder / "reports/evaluation", folder / "kept/answers")
+        (folder / "kept/answers/run.json").unlink()
+        stages = {path: set(read_run(folder / "kept" / path).logs) for path in ("first", "second", "answers")}
+        assert stages == {"first": {"stage1"}, "second": {"training"}, "answers": set()}
+        for path in stages:
+            about = read_run(folder / "kept" / path).about
+            assert (about.recipe, about.seed, about.settings) == ("", None, {})
+    assert command(monkeypatch, "a/kept/second", "b/kept/second") == ""
+    assert capsys.readouterr().out.count(" unknown ") >= 4  # recipe and seed of both
+    monkeypatch.chdir(tmp_path / "a/models/stage2")
+    assert read_run(Path(".")).about.recipe == "a" and set(read_run(Path(".")).logs) == {"stage2"}
+
+
+def test_a_model_is_what_its_own_training_says(tmp_path: Path) -> None:
+    folder = project(tmp_path / "p", 0.9)
+    (folder / "reports/evaluation/run.json").write_text(json.dumps({"recipe": "of another", "params": {}}))
+    assert read_run(folder / "models/stage2").about.recipe == "haplovl"
+
+
+def test_a_table_of_wandb_that_was_cut_off_is_refused(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "run-x.wandb").touch()
+    for asked in (300, 12_000):
+        logged = OfflineRun({"stage": "evaluate", "questions": {"asked": asked}}, [], predictions(0.9))
+        monkeypatch.setattr("haplovl.evaluate.compare.runs.read_offline_run", lambda _, logged=logged: logged)
+        if asked == 300:
+            assert len(read_run(tmp_path).answers.answers) == 300
+    with pytest.raises(UserError, match="holds 300 of 12000 answers"):
+        read_run(tmp_path)
 
 
 def test_a_run_in_progress_may_be_looked_at(tmp_path: Path) -> None:
@@ -163,6 +278,17 @@ def test_losses_of_different_data_are_marked(tmp_path: Path) -> None:
     assert "Losses of stage2 are of different tasks (the training data, stage2.mixture.text differ)" in notes
 
 
+def test_losses_against_other_teachers_are_marked(tmp_path: Path) -> None:
+    runs = [project(tmp_path / "a", 0.9, recipe="a", stage1__objective="distillation")]
+    runs.append(project(tmp_path / "b", 0.9, recipe="b", stage1__objective="distillation"))
+    path = runs[1] / "reports/evaluation/run.json"
+    told = json.loads(path.read_text())
+    told["params"]["teachers"] = {"vision": {"kind": "hub", "id": "openai/clip"}, "language": {"kind": "x"}}
+    path.write_text(json.dumps(told))
+    (note,) = (note for note in compare(read_runs(runs)).notes if note.startswith("Losses of stage"))
+    assert note.startswith("Losses of stage1") and "teachers.vision" in note and "teachers.language" in note
+
+
 def test_what_is_no_run_is_told_in_one_sentence(tmp_path: Path, monkeypatch) -> None:
     folder = project(tmp_path / "p", 0.9)
     empty = tmp_path / "empty"
@@ -214,6 +340,27 @@ def test_the_page_needs_nothing_but_itself_and_trusts_no_text(tmp_path: Path, ca
     assert "http" not in re.sub(r"data:[^\"]*", "", page)
     show([tmp_path / "a", tmp_path / "b"], tmp_path / "again.html")
     assert (tmp_path / "again.html").read_bytes() == (tmp_path / "page.html").read_bytes()
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    message = command(monkeypatch, "no", "runs", "--html", "folder")
+    assert message == "error: --html names a file to write, and folder is a folder"
+    message = command(monkeypatch, "no", "runs", "--html", "file/page.html")
+    assert message.startswith("error: file/page.html cannot be written: ") and message.endswith("/file is no folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"] and not capsys.readouterr().out
+
+
+def test_a_pipe_gets_every_row_as_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.delenv("COLUMNS")
+    names = [f"{letter * 90}" for letter in "ab"]
+    for name in names:
+        project(tmp_path / name, 0.8, recipe=name)
+    show([tmp_path / name for name in names])
+    told = capsys.readouterr().out
+    assert f"{names[1]} seed 17 − {names[0]} seed 17" in told
+    assert all(f"{name} seed 17   {name}" in told for name in names)
 
 
 def test_comparing_needs_no_torch() -> None:
