@@ -166,7 +166,8 @@ def save_stage(stage: Stage, target: Path, rows: list[dict[str, Any]], connector
         stage.model.eval().save_pretrained(folder, state_dict=weights)
         stage.processor.save_pretrained(folder)
         if heads:
-            save_file(heads, folder / HEADS)
+            # One entry only: safetensors writes several in any order.
+            save_file(heads, folder / HEADS, {"vision_layer": str(stage.settings.vision_layer)})
         write_jsonl(folder / "training_log.jsonl", map(without_measurements, rows))
     how = f"loss {rows[-1]['loss']:.4f} after {len(rows)} steps" if rows else "nothing to train in this recipe"
     say(f"{stage.name}: {how} -> {target}")

@@ -335,6 +335,9 @@ def test_missing_inputs_are_named(project, params, clip, language, processor):
     wrong = params.stage1.model_copy(update={"vision_layer": 7})
     with pytest.raises(UserError, match="vision_layer is 7, but the vision teacher has 3 hidden states"):
         probe(params.model_copy(update={"stage1": wrong}))
+    save_file(load_file(STAGE1 / HEADS), STAGE1 / HEADS, {"vision_layer": "1"})
+    with pytest.raises(UserError, match="vision_layer is -1 now, but models/stage1 was trained with 1"):
+        probe(params)
     (STAGE1 / HEADS).unlink()
     with pytest.raises(UserError, match=r"heads.safetensors is missing; run 'haplovl train stage1'"):
         probe(params)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from run_state import complete
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from haplovl.files import HEADS, sha256_of
@@ -68,6 +69,8 @@ def test_stage1_leaves_its_heads_beside_the_model(project, trained):
     weights = load_file(project / "models/stage1/model.safetensors")
     assert set(heads) == {"vision_head.weight", "vision_head.bias", "text_head.weight", "text_head.bias"}
     assert {value.dtype for value in heads.values()} == {torch.float32}
+    with safe_open(project / "models/stage1" / HEADS, "pt") as file:  # `haplovl probe` asks which state was taught
+        assert file.metadata() == {"vision_layer": "1"}
     for name in ("weight", "bias"):  # the connector starts from the text head, and stage 1 does not train it further
         assert torch.equal(heads[f"text_head.{name}"], weights[f"model.connector.{name}"])
     _, found = HaploForConditionalGeneration.from_pretrained(project / "models/stage1", output_loading_info=True)

@@ -20,7 +20,7 @@ from haplovl.evaluate.probe.report import write_report, zero_shot_questions
 from haplovl.evaluate.probe.subject import Subject, load_subject
 from haplovl.evaluate.probe.vision import at_resolution, resolutions
 from haplovl.evaluate.probe.zero_shot import WAYS, fit, picture_sets, undefined, zero_shot
-from haplovl.files import METRICS, PREPARED, RAW, REPORTS, VALIDATED, require, whole_folder, write_json
+from haplovl.files import METRICS, PREPARED, RAW, REPORTS, STAGE1, VALIDATED, require, whole_folder, write_json
 from haplovl.pictures import ImageError
 from haplovl.progress import reporter
 from haplovl.settings import Params
@@ -58,7 +58,13 @@ def measure(params: Params, root: Path) -> tuple[dict[str, Any], list[list[float
     subject = load_subject(root)
     records = PreparedRecords(split, subject.processor, root / PREPARED)
     chosen = spread(len(records), params.probe.records)
-    target = params.stage1.taught_state(subject.layers[1])
+    states = subject.layers[1]
+    target = params.stage1.taught_state(states)
+    if subject.taught is not None and subject.taught % states != target:
+        raise UserError(
+            f"stage1.vision_layer is {params.stage1.vision_layer} now, but {STAGE1} was trained with {subject.taught}; "
+            "'haplovl train stage1' trains it again"
+        )
     with reporter("held-out records", len(chosen)) as report:
         seen, words = in_records(subject, records, chosen, target, params.probe.batch, report.update)
     alone, cka = _alone(subject, params, root, split, target)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -42,6 +42,8 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase | None
     """The teacher's own, for its text tower."""
     device: torch.device
+    taught: int | None
+    """`stage1.vision_layer` that it was trained with; None where an older version did not write it down."""
 
     @property
     def words(self) -> torch.Tensor:
@@ -70,6 +72,8 @@ def load_subject(root: Path) -> Subject:
         model = HaploForConditionalGeneration.from_pretrained(stage1, dtype=torch.float32).eval()
         processor = HaploProcessor.from_pretrained(stage1)
         heads = load_file(require(stage1 / HEADS, "train stage1"), device=str(device))
+        with safe_open(stage1 / HEADS, "pt") as file:
+            taught = (file.metadata() or {}).get("vision_layer")  # text, as all metadata are
         teacher, clip = _load_teacher(vision, device)
         own_tokenizer = (vision / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(vision, trust_remote_code=False) if own_tokenizer else None
@@ -79,7 +83,8 @@ def load_subject(root: Path) -> Subject:
     for part in (core.image_embedding, core.text_projection, core.pre_decoder, core.get_input_embeddings()):
         part.to(device)
     return Subject(
-        core, processor, teacher, _head(heads, "vision_head"), _head(heads, "text_head"), clip, tokenizer, device
+        core, processor, teacher, _head(heads, "vision_head"), _head(heads, "text_head"), clip, tokenizer, device,
+        None if taught is None else int(taught),
     )  # fmt: skip
 
 
