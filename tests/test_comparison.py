@@ -18,6 +18,8 @@ from haplovl.strict import SettingsError
 REPO = Path(__file__).resolve().parents[1]
 RECIPES = ["haplovl", "llava", "solo"]
 TERA = 1e12
+STEPS = 100
+"""Of each stage: one is less than what a run may miss."""
 
 
 @pytest.fixture
@@ -46,8 +48,9 @@ def made(run, flops=10 * TERA, records=1000, accuracy=0.7, digest="q"):
     """What a run leaves behind: `flops` and `records` of both stages."""
     write_params(load_recipe(run.recipe_file, run.seed), run.folder / "params.yaml")
     for stage, share in (("stage1", 0.1), ("stage2", 0.9)):
-        row = {"step": 1, "loss": 1.0, "flops": share * flops, "records": int(share * records), "validation_loss": 0.5}
-        write_lines(run.folder / f"models/{stage}/training_log.jsonl", [row])
+        each = {"loss": 1.0, "flops": share * flops / STEPS, "records": share * records / STEPS, "validation_loss": 0.5}
+        rows = [{"step": step, **each} for step in range(1, STEPS + 1)]
+        write_lines(run.folder / f"models/{stage}/training_log.jsonl", rows)
     write_lines(run.folder / "reports/evaluation/predictions.jsonl", predictions(accuracy, run.seed))
     (run.folder / "metrics").mkdir(exist_ok=True)
     (run.folder / "metrics/evaluation.json").write_text(json.dumps({"data": {"sha256": digest}}))

@@ -8,7 +8,7 @@ from haplovl.comparison.results import TERA, Result
 from haplovl.settings import load_params
 
 TOLERANCE = 0.02
-"""Share of the budget that a run may miss: steps are whole, and records are counted in samples of steps."""
+"""Share of the budget that a run may miss, or one step where that is more: what steps take is known from samples."""
 DECIDING = ("model", "teachers", "prepare", "stage1", "stage2", "evaluate")
 """Sections of params.yaml that decide what a run comes to."""
 
@@ -22,12 +22,14 @@ def objection(result: Result, group: str, reference: list[Result]) -> str | None
         return changed
     own = [other for other in reference if other.run.seed == result.run.seed] or reference
     if group == "samples":
-        return _missed(result.records, own[0].records, "{:,.0f} records")
-    return _missed(result.total_flops / TERA, own[0].total_flops / TERA, "{:.1f} TFLOP")
+        step = result.records / sum(result.steps.values())
+        return _missed(result.records, own[0].records, step, "{:,.0f} records")
+    step = result.flops["stage2"] / result.steps["stage2"]
+    return _missed(*(flops / TERA for flops in (result.total_flops, own[0].total_flops, step)), "{:.1f} TFLOP")
 
 
-def _missed(spent: float, budget: float, form: str) -> str | None:
-    if abs(spent - budget) <= TOLERANCE * budget:
+def _missed(spent: float, budget: float, step: float, form: str) -> str | None:
+    if abs(spent - budget) <= max(TOLERANCE * budget, step):
         return None
     return f"took {form.format(spent)} where the reference took {form.format(budget)}"
 
