@@ -5,6 +5,7 @@ import pytest
 from dvc.repo import Repo
 
 from haplovl import presets
+from haplovl.comparison.recipes import load_recipe
 from haplovl.errors import UserError
 from haplovl.settings import load_params
 
@@ -24,6 +25,17 @@ def test_every_shipped_preset_loads_and_fits_its_rows(path):
     for teacher in (params.teachers.vision, params.teachers.language):
         # An id nobody confirmed would have to say so.
         assert teacher.kind != "hub" or teacher.revision != PLACEHOLDER or "git ls-remote" in path.read_text()
+
+
+@pytest.mark.parametrize("path", [Path("params.yaml"), *SHIPPED], ids=lambda path: path.stem)
+def test_every_recipe_that_a_preset_compares_fits_it_and_its_size(path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    params = load_params(path)
+    compare = params.compare
+    for name in {*compare.recipes, *compare.samples, *(f"ablations/{own}" for own in compare.ablations)}:
+        stage1 = load_recipe(name, params=path).stage1
+        # Steps that recipes/ give for two cores would be next to nothing elsewhere.
+        assert stage1.objective == "none" or stage1.steps >= params.stage1.steps, name
 
 
 @pytest.mark.parametrize("path", [Path("params.yaml"), *SHIPPED], ids=lambda path: path.stem)
