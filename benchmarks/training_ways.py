@@ -3,6 +3,7 @@
 Used by training.py, which runs every way in a process of its own.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -113,7 +114,7 @@ def _batch(config: HaploConfig, rows: list[Any], records: list[Record], dtype: t
 
 
 # --- ways ------------------------------------------------------------------------------------------------------------
-class Way:
+class Way(ABC):
     """A model under training: `step` takes an optimiser step over some records and returns the mean loss."""
 
     def __init__(self, precision: str, vocabulary: int) -> None:
@@ -125,8 +126,9 @@ class Way:
         """The micro-batches of a step: one packed row each."""
         return [packed(self.config, [row], ROW_TOKENS, self.dtype) for row in rows]
 
+    @abstractmethod
     def step(self, batches: list[Batch]) -> float:
-        raise NotImplementedError
+        """Takes an optimiser step and returns the mean loss."""
 
     def work(self, batches: list[Batch]) -> int:
         """Floating-point operations that the step needs."""

@@ -29,7 +29,7 @@ def comparison_train(group: Group, recipe: Recipe, seed: Seed) -> None:
 
 @comparison.command(name="evaluate")
 def comparison_evaluate(group: Group, recipe: Recipe, seed: Seed) -> None:
-    """Evaluate a trained run in its folder."""
+    """Probe and evaluate a trained run in its folder."""
     from haplovl.comparison.runs import Run, evaluate
 
     evaluate(Run(group, recipe, seed))

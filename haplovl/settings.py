@@ -17,6 +17,7 @@ from haplovl.data_settings import CollectSettings, PositiveFloat, PositiveInt, P
 from haplovl.model_settings import ModelSettings
 from haplovl.strict import SettingsError, Strict, load_strict
 from haplovl.training_settings import (  # noqa: F401  (settings of all rooms are imported from here)
+    ALL_LOSSES,
     BatchSettings,
     CurriculumPhase,
     DistillationLosses,

@@ -96,6 +96,9 @@ class DistillationLosses(Strict):
         return self
 
 
+ALL_LOSSES = DistillationLosses()
+
+
 class DistillationSettings(StageSettings):
     """Stage 1 of HaploVL: distillation of the pre-decoder from the two frozen teachers."""
 
@@ -104,7 +107,7 @@ class DistillationSettings(StageSettings):
     """Hidden state of the vision teacher that the image tokens must match (index into its hidden states)."""
     temperature: PositiveFloat = 1.0
     """tau of the current-token prediction."""
-    losses: DistillationLosses = DistillationLosses()
+    losses: DistillationLosses = ALL_LOSSES
 
     def taught_state(self, states: int) -> int:
         """Which of the vision teacher's hidden states `vision_layer` names, counted from the embeddings' 0.

@@ -111,6 +111,12 @@ def test_a_run_trained_with_other_settings_is_left_out_and_a_reference_refused(p
     assert code == 1 and "model.class_token False, its recipe says True now; 'make compare' trains it again" in said
 
 
+def test_a_reference_with_another_number_of_steps_is_no_budget(project):
+    configure(changes={**yaml.safe_load(Path("params.yaml").read_text())["compare"]["changes"], "stage2": {"steps": 7}})
+    code, said = report()
+    assert code == 1 and "its recipe says 7 now; 'make compare' trains it again" in said, said
+
+
 def test_runs_that_answered_other_questions_are_refused(project):
     made(Run("compute", "llava", 2), digest="other")
     code, said = report()

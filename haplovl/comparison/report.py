@@ -66,7 +66,7 @@ def write_report(groups: Sequence[str] | None = None) -> None:
     for name, view in views.items():
         console.print(summary_table(TITLES[name], view))
         for line in shown[name].left_out:
-            console.print(f"left out: {line}", markup=False, highlight=False)
+            console.print(f"left out: {line}", markup=False)
     console.print(f"The report is {REPORT / 'index.html'}")
 
 

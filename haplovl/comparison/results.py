@@ -10,11 +10,12 @@ import numpy as np
 from haplovl.comparison.recipes import load_recipe
 from haplovl.comparison.runs import COMPARISON, STAGES, Run
 from haplovl.errors import UserError
+from haplovl.evaluate.questions import TOTAL
 from haplovl.evaluate.statistics import Difference, Interval, hierarchical_interval, holm, paired_difference
 from haplovl.files import TEACHERS, read_json, read_jsonl
 
 TERA = 1e12
-ALL = "all"
+ALL = TOTAL
 """Name of all question types together."""
 
 

@@ -1,6 +1,6 @@
 """Whether a run is on equal terms: trained as its recipe says now, with the reference's compute or records."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from haplovl.comparison.recipes import load_recipe
@@ -18,7 +18,9 @@ def objection(result: Result, group: str, reference: list[Result]) -> str | None
 
     `group` is the view's: `samples` asks for as many records, the others for as many operations.
     """
-    if changed := next(_changed(result), None):
+    # A reference sets the budget; the others' steps of stage 2 follow from it.
+    follows = () if any(result.run == other.run for other in reference) else ("stage2.steps",)
+    if changed := next(_changed(result, follows), None):
         return changed
     own = [other for other in reference if other.run.seed == result.run.seed] or reference
     if group == "samples":
@@ -34,14 +36,14 @@ def _missed(spent: float, budget: float, step: float, form: str) -> str | None:
     return f"took {form.format(spent)} where the reference took {form.format(budget)}"
 
 
-def _changed(result: Result) -> Iterator[str]:
-    """Settings of the run that its recipe gives otherwise now, in words; steps of stage 2 follow from the budget."""
+def _changed(result: Result, ignored: Sequence[str]) -> Iterator[str]:
+    """Settings of the run that its recipe gives otherwise now, in words."""
     was = load_params(result.run.folder / "params.yaml")
     now = load_recipe(result.run.recipe_file, result.run.seed)
     for section in DECIDING:
         old, new = (dict(_flat(section, getattr(params, section).model_dump(mode="json"))) for params in (was, now))
         for name in [*old, *(name for name in new if name not in old)]:
-            if name != "stage2.steps" and old.get(name) != new.get(name):
+            if name not in ignored and old.get(name) != new.get(name):
                 yield f"was trained with {name} {old.get(name)}, its recipe says {new.get(name)} now"
 
 

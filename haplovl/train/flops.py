@@ -20,9 +20,7 @@ from haplovl.data.loader import IGNORE, Batch
 from haplovl.model.configuration import HaploConfig
 from haplovl.model.media import image_sizes
 from haplovl.model.modeling import HaploForConditionalGeneration, HaploModel
-from haplovl.settings import DistillationLosses
-
-ALL_LOSSES = DistillationLosses()
+from haplovl.settings import ALL_LOSSES, DistillationLosses
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from haplovl.data.loader import IGNORE, Batch
 from haplovl.model import HaploForConditionalGeneration
 from haplovl.model.embedding import merge_tiles
-from haplovl.settings import DistillationLosses
-from haplovl.train.flops import ALL_LOSSES
+from haplovl.settings import ALL_LOSSES, DistillationLosses
 from haplovl.train.losses import summed_cross_entropy
 
 
