@@ -217,19 +217,23 @@ def test_an_infinite_loss_stops_before_the_step_and_leaves_evidence(project, tmp
 
 
 def test_the_best_and_the_last_checkpoint_are_kept(project, tmp_path):
-    """A learning rate that is too high: held-out records are best served by an early checkpoint."""
+    """A learning rate that grows and is far too high: the first of ten checkpoints serves held-out records best.
+
+    Only growth makes the first one the best on every machine: at one rate the loss wanders, and rounding decides where
+    it is lowest.
+    """
     folder = copy_of(project, tmp_path / "best")
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["stage1"].update(steps=10, checkpoint_every=1)
-    params["stage1"]["optimizer"].update(learning_rate=3.0, warmup_share=0.0, min_learning_rate_share=1.0)
+    params["stage1"]["optimizer"].update(learning_rate=100.0, warmup_share=1.0)
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     done = train(folder)
     assert done.returncode == 0, done.stdout + done.stderr
     run = next(folder.glob("runs/training/stage1-*"))
     scores = {row["step"]: row["validation_loss"] for row in map(json.loads, (run / "log.jsonl").open())}
     best = min(scores, key=scores.get)
-    assert len(scores) == 10 and best < 8
-    assert [path.name for path in run.glob("step-*")] == [f"step-{best}"]
+    assert len(scores) == 10 and best == 1, scores
+    assert [path.name for path in run.glob("step-*")] == ["step-1"]
 
 
 def test_adapters_are_trained_resumed_and_merged(project, trained, tmp_path):
