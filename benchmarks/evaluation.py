@@ -1,7 +1,7 @@
 """Speed of evaluation: questions per second, beside asking one at a time and beside plain batches, and whether the
 answers are the same.
 
-    python benchmarks/evaluation.py [--json FILE] [--root FOLDER] [--questions N] [--dtype DTYPE]
+    python benchmarks/evaluation.py [--json FILE] [--root FOLDER] [--questions N] [--precision NAME]
 
 Asks the trained model in models/stage2 questions of the test split, as `haplovl evaluate` does and with its settings.
 One at a time means what a script would do without a care for speed: per question the picture is opened, processed, and
@@ -44,6 +44,8 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def exam(root: Path, count: int) -> list[Question]:
     """So many questions as `haplovl evaluate` chooses them: balanced, and equally many of every type if there are."""
+    if count < 1:
+        raise SystemExit(f"error: --questions {count}: ask one or more")
     available = Counter(question.kind for question in held_out_questions(count, folder=root / VALIDATED))
     if available.total() < count:
         raise SystemExit(f"error: the test split asks {available.total()} questions, fewer than {count}")

@@ -130,12 +130,18 @@ def _stop(*_: object) -> None:
     end_all()
 
 
+def _jobs(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of runs, 1 or more")
+    return int(text)
+
+
 def main() -> None:
     """Runs the flow in the current folder, then writes the report; exits with 1 when a run failed."""
     parser = argparse.ArgumentParser(prog="python -m flows.compare", description="Compares recipes on equal terms.")
     parser.add_argument("what", choices=sorted(GROUPS), nargs="?", default="compare")
     parser.add_argument("--compute", default=os.environ.get("HAPLOVL_COMPUTE") or "one-core", metavar="PROFILE")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at once; default: cores")
+    parser.add_argument("--jobs", type=_jobs, default=len(os.sched_getaffinity(0)), help="runs at once; default: cores")
     options = parser.parse_args()
     try:
         load_compute(options.compute)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,21 @@ def write_whole(target: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def require_writable(target: Path, option: str) -> None:
+    """Tells before hours of work whether their result can be written; `option` named the file.
+
+    Raises:
+        UserError: a folder is in its place, or its folder cannot be made or written to.
+    """
+    if target.is_dir():
+        raise UserError(f"{option} names a file to write, and {target} is a folder")
+    nearest = next(parent for parent in target.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{target} cannot be written: {nearest} is no folder")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"{target} cannot be written: {nearest} is not yours to write to")
 
 
 def write_json(target: Path, value: Any) -> None:

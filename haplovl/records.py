@@ -216,6 +216,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _UNIQUE, _PLAIN = json.JSONDecoder(object_pairs_hook=_unique), json.JSONDecoder()
 
 
+def decode_unique(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, an object has a key twice (of which other decoders keep the last), or it is nested
+            deeper than the interpreter goes.
+    """
+    try:
+        return _UNIQUE.decode(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def _read_json(path: Path) -> Iterator[RawItem]:
     # Damaged bytes become lone surrogates, which parse_record refuses: they cost their own record and no other.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:

@@ -123,6 +123,30 @@ def test_runs_that_answered_other_questions_are_refused(project):
     assert code == 1 and "were tested on different questions" in said, said
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: [{**row, "id": f"z{row['id']}"} for row in rows], "answer different questions: 300 only"),
+        (lambda rows: rows[:-1], "answer different questions: 1 only"),
+        (lambda rows: [{**rows[0], "kind": "count"}, *rows[1:]], "1 of 300 questions differ, such as 'colour-000#0'"),
+        (lambda rows: [], "holds no predictions"),
+        (lambda rows: [{**rows[0], "prediction": None}, *rows[1:]], "line 1: 'prediction' is missing"),
+    ],
+)
+def test_answers_that_the_metrics_are_not_of_are_refused(change, message, project):
+    """A kill between both files, or an edit, must not give a number."""
+    run = Run("compute", "llava", 2)
+    write_lines(run.folder / "reports/evaluation/predictions.jsonl", change(predictions(0.7, run.seed)))
+    code, said = report()
+    assert code == 1 and message in said, said
+
+
+def test_metrics_that_do_not_name_their_questions_are_refused(project):
+    Path("comparison/compute/llava-2/metrics/evaluation.json").write_text("{}")
+    code, said = report()
+    assert code == 1 and "does not say which questions it is of" in said, said
+
+
 def test_every_recipe_is_in_a_chart_however_many_there_are(project):
     names = [path.stem for path in sorted(Path("recipes/ablations").glob("*.yaml"))]
     configure(ablations=names)

@@ -45,7 +45,7 @@ def accuracy_chart(summaries: Sequence[Summary], look: dict[str, tuple[str, str]
                 elinewidth=1.5, capsize=2.5, label=summary.recipe, zorder=3,
             )  # fmt: skip
             for result in summary.results if len(summary.results) > 1 else ():
-                seed = [result.answers(kind).mean() for kind in kinds]
+                seed = [result.right(kind).mean() for kind in kinds]
                 axes.scatter(np.arange(len(kinds)) + shift, seed, s=15, color=colour, alpha=0.5, linewidths=0, zorder=2)
         axes.set_xticks(np.arange(len(kinds)), kinds, color=INK)
         axes.set(ylabel="exact match", xlim=(-0.6, len(kinds) - 0.4))

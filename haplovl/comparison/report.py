@@ -181,7 +181,7 @@ def _run_rows(view: list[Summary]) -> Iterator[dict[str, Any]]:
     for summary in view:
         for result in summary.results:
             kinds = sorted(set(result.kinds))
-            accuracy = {kind: round(float(result.answers(kind).mean()), 4) for kind in kinds}
+            accuracy = {kind: round(float(result.right(kind).mean()), 4) for kind in kinds}
             yield {
                 "group": result.run.group,
                 "recipe": result.run.recipe,

@@ -10,6 +10,7 @@ import numpy as np
 from haplovl.comparison.recipes import load_recipe
 from haplovl.comparison.runs import COMPARISON, STAGES, Run
 from haplovl.errors import UserError
+from haplovl.evaluate.predictions import Side, read_predictions, require_same_questions
 from haplovl.evaluate.questions import TOTAL
 from haplovl.evaluate.statistics import Difference, Interval, hierarchical_interval, holm, paired_difference
 from haplovl.files import TEACHERS, read_json, read_jsonl
@@ -23,12 +24,13 @@ ALL = TOTAL
 class Result:
     """One finished run.
 
-    `correct` [questions] is in the order of `kinds`; `curve` are points of operations spent so far, stage 1 included,
+    `correct` [questions] is in the order of the questions' ids, as `kinds` is; `curve` are points of operations spent so far, stage 1 included,
     and the held-out loss of stage 2 at them; `measured` is what the machine decided (seconds of a step, memory in
     GiB), empty where the run's own log is gone; `stage1` is what its probe found, empty where nothing was distilled.
     """
 
     run: Run
+    answers: Side
     correct: np.ndarray
     kinds: tuple[str, ...]
     digest: str
@@ -44,7 +46,7 @@ class Result:
         """Of both stages, with the forward passes of frozen teachers."""
         return sum(self.flops.values())
 
-    def answers(self, kind: str) -> np.ndarray:
+    def right(self, kind: str) -> np.ndarray:
         """[questions of this kind], or of all: 1 where the answer is right."""
         return self.correct if kind == ALL else self.correct[[own == kind for own in self.kinds]]
 
@@ -56,7 +58,8 @@ class Result:
             UserError: it is not trained or not evaluated, or a file is damaged.
         """
         metrics = read_json(run.folder / "metrics/evaluation.json")
-        rows = sorted(read_jsonl(run.folder / "reports/evaluation/predictions.jsonl"), key=lambda row: row["id"])
+        answers = read_predictions(run.folder / "reports/evaluation/predictions.jsonl")
+        rows = [said for _, said in sorted(answers.answers.items())]
         logs = {stage: read_jsonl(run.folder / f"models/{stage}/training_log.jsonl") for stage in STAGES}
         flops = {stage: float(sum(row["flops"] for row in log)) for stage, log in logs.items()}
         spent, curve = flops["stage1"], []
@@ -66,9 +69,10 @@ class Result:
                 curve.append((spent, row["validation_loss"]))
         return cls(
             run,
-            np.array([row["correct"] for row in rows], dtype=float),
-            tuple(row["kind"] for row in rows),
-            metrics["data"]["sha256"],
+            answers,
+            np.array([said.correct for said in rows], dtype=float),
+            tuple(said.question.kind for said in rows),
+            _digest(run.folder, metrics),
             {stage: len(log) for stage, log in logs.items()},
             flops,
             sum(row["records"] for log in logs.values() for row in log),
@@ -76,6 +80,14 @@ class Result:
             _measured(run.folder),
             _stage1(run.folder),
         )
+
+
+def _digest(folder: Path, metrics: Any) -> str:
+    data = metrics.get("data") if isinstance(metrics, dict) else None
+    found = data.get("sha256") if isinstance(data, dict) else None
+    if not isinstance(found, str):
+        raise UserError(f"{folder}/metrics/evaluation.json does not say which questions it is of; evaluate the run again")
+    return found
 
 
 def _measured(folder: Path) -> dict[str, float]:
@@ -128,6 +140,8 @@ def finished(runs: list[Run]) -> list[Result]:
                 f"{result.run.folder} and {results[0].run.folder} were tested on different questions (digests "
                 f"{result.digest[:12]} and {results[0].digest[:12]}); evaluate both again, on the same data"
             )
+        # An evaluation that was cut off may have left answers that its metrics are not of.
+        require_same_questions(results[0].answers, result.answers)
     return results
 
 
@@ -188,7 +202,7 @@ def _kinds(result: Result) -> list[str]:
 
 def _answers(results: list[Result], kind: str) -> np.ndarray:
     """[seeds, questions of this kind]."""
-    return np.stack([result.answers(kind) for result in results])
+    return np.stack([result.right(kind) for result in results])
 
 
 def teachers_flops(run: Run) -> float | None:

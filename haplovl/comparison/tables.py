@@ -37,7 +37,7 @@ def _overall(summary: Summary) -> list[str]:
     return [
         f"`{summary.recipe}`",
         f"{own.mean:.3f} ({own.low:.2f} to {own.high:.2f})",
-        ", ".join(f"{result.answers(ALL).mean():.2f}" for result in summary.results),
+        ", ".join(f"{result.right(ALL).mean():.2f}" for result in summary.results),
         f"{100 * lead.mean:+.0f} points ({100 * lead.low:+.0f} to {100 * lead.high:+.0f})" if lead else "",
         p_value(summary.p_adjusted) if lead else "",
         " + ".join(str(count) for count in summary.results[0].steps.values()),

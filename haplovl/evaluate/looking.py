@@ -137,9 +137,10 @@ def _answer_ids(processor: Any, prompt: list[dict[str, Any]], text: str, answer:
     """The tokens of a given answer as the template writes it, with the space that may stand before it."""
     tokenizer, written = processor.tokenizer, f"{text}{answer}"
     whole = processor.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], tokenize=False)
-    end = whole.rfind(answer)
-    if whole.startswith(text) and end >= len(text):
-        written = whole[: end + len(answer)]
+    # From the prompt on: the template's end mark may hold the answer's letters as well.
+    start = whole.find(answer, len(text))
+    if whole.startswith(text) and start >= 0:
+        written = whole[: start + len(answer)]
     before, both = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, written))
     if both[: len(before)] == before:
         return both[len(before) :]

@@ -1,5 +1,6 @@
 """Predictions that exist already: predictions.jsonl files, and whether two of them answer the same questions."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ from haplovl.errors import UserError
 from haplovl.evaluate.questions import Question, checked_kind
 from haplovl.evaluate.scorers import exact_match
 from haplovl.records import read_items
+
+
+MOST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,9 @@ def _said(data: Any, place: str) -> Said:
     if len(row["images"]) != len(row["image_sha256"]):
         raise UserError(f"{place}: there are {len(row['images'])} images, but {len(row['image_sha256'])} image_sha256")
     confidence = row.get("confidence")
-    if not isinstance(confidence, (int, float)) or isinstance(confidence, bool):
-        raise UserError(f"{place}: 'confidence' must be a number")
+    good = isinstance(confidence, (int, float)) and not isinstance(confidence, bool)
+    if not good or not -MOST <= confidence <= MOST:  # nor NaN, which is not within anything
+        raise UserError(f"{place}: 'confidence' must be a number, the mean log-probability of the answer's tokens")
     images = tuple(ImageFile(path, sha, 0, 0) for path, sha in zip(row["images"], row["image_sha256"], strict=True))
     id_, kind, question, answer, prediction, source = (
         text_of(row, name, place) for name in ("id", "kind", "question", "answer", "prediction", "source")

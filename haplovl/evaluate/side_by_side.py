@@ -196,7 +196,7 @@ def _card(pair: Pair, open_picture: Callable[[Question, int], Image.Image]) -> d
         "answer": question.answer,
         "judged": pair.judged,
         "sides": [
-            {"name": name, "said": said, "right": right, "certainty": math.exp(confidence)}
+            {"name": name, "said": said, "right": right, "certainty": math.exp(min(0.0, confidence))}
             for name, said, right, confidence in zip("AB", pair.predictions, pair.right, pair.confidences, strict=True)
         ],
         "pictures": [_picture(question, number, open_picture) for number in range(len(question.images))],

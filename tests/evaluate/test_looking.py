@@ -244,6 +244,11 @@ def test_the_models_own_answer_is_what_it_says(model, processor):
     assert found.answer == said.text and 0 < len(found.tokens) <= 6
 
 
+def test_an_answer_that_the_template_s_end_mark_holds_is_looked_at_itself(model, processor):
+    found = look(model, processor, QUESTION, [noise(32, 32)], "end")
+    assert "<" not in "".join(found.tokens) and found.answer == "end"
+
+
 def test_long_texts_are_looked_at_in_part(model, processor, monkeypatch):
     monkeypatch.setattr(looking, "MOST_TOKENS", 3)
     found = look(model, processor, QUESTION, [noise(32, 32)], "top left top left", with_question=True)

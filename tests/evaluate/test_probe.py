@@ -426,6 +426,16 @@ def test_wrong_class_folders_are_one_sentence(class_folders):
     (class_folders / "classes.txt").write_text("n01 tench\nn03 shark\n")
     with pytest.raises(UserError, match="no line of the file with the classes' names is about 'n02'"):
         imagenet(class_folders, 10)
+    for text, said in (
+        ("n01 tench\nn02 gold,\nn03 shark\n", "line 2 of .*classes.txt holds an empty name"),
+        ("n01 tench\nn02 gold\nn01 shark\n", "line 3 of .*classes.txt names 'n01' a second time"),
+        ("n01 t\udce4nch\n", "classes.txt is not UTF-8 text"),
+    ):
+        (class_folders / "classes.txt").write_text(text, errors="surrogateescape")
+        with pytest.raises(UserError, match=said):
+            imagenet(class_folders, 10)
+    (class_folders / "classes.txt").write_text("n01 tench\nn02 gold\nn03 shark\n", encoding="utf-8-sig")
+    assert imagenet(class_folders, 2).questions["class"].prompts[0] == ["a photo of a tench."]
     (class_folders / "classes.txt").unlink()
     with pytest.raises(UserError, match="holds neither classes.txt nor LOC_synset_mapping.txt"):
         imagenet(class_folders, 10)

@@ -189,6 +189,8 @@ DIFFERENT_DATA = "a.jsonl and x.jsonl were asked on different test data: 1 of 6 
         ({"prediction": None}, "x.jsonl, line 2: 'prediction' is missing"),
         ({"prediction": 3}, "x.jsonl, line 2: 'prediction' must be a string"),
         ({"confidence": "high"}, "x.jsonl, line 2: 'confidence' must be a number"),
+        ({"confidence": float("nan")}, "x.jsonl, line 2: 'confidence' must be a number"),
+        ({"confidence": -(10**400)}, "x.jsonl, line 2: 'confidence' must be a number"),
     ],
 )
 def test_predictions_that_cannot_be_compared_are_refused(project, monkeypatch, changes, message):

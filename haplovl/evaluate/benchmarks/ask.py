@@ -9,7 +9,7 @@ from haplovl.evaluate.benchmarks.catalogue import find, result_name
 from haplovl.evaluate.benchmarks.data import PictureReader, Row, data_digest, picture_digests, read_rows
 from haplovl.evaluate.benchmarks.rules import Benchmark
 from haplovl.evaluate.benchmarks.scoring import score_records
-from haplovl.files import REPORTS, sha256_of_folder, write_json
+from haplovl.files import REPORTS, require_writable, sha256_of_folder, write_json
 from haplovl.pictures import decode_bytes
 from haplovl.progress import reporter
 
@@ -25,9 +25,11 @@ def run_benchmark(
     The file is `output`, or else in reports/benchmarks/, where a limit is part of its name.
 
     Raises:
-        UserError: as `evaluate_benchmark`, or there is no such model.
+        UserError: as `evaluate_benchmark`, there is no such model, or the file cannot be written.
     """
     benchmark = find(name)
+    output = output or REPORTS / "benchmarks" / f"{result_name(name, limit)}.json"
+    require_writable(output, "--output")
     rows = read_rows(benchmark, data, limit)
     digests = picture_digests(rows)
     model, processor = load_to_evaluate(folder)
@@ -35,7 +37,6 @@ def run_benchmark(
     records = result.pop("records")
     result["data"] |= {"path": str(data), "limit": limit}
     result["model"] = {"path": str(folder), "sha256": sha256_of_folder(folder)}
-    output = output or REPORTS / "benchmarks" / f"{result_name(name, limit)}.json"
     write_json(output, {**result, "records": records})
     print(summary(benchmark, result))
     print(f"Answers and scores are in {output}")

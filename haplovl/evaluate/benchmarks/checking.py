@@ -17,11 +17,16 @@ def check_records(benchmark: Benchmark, records: Sequence[Record], names: Sequen
     `names` is how messages call the records, and `where` their file or folder.
 
     Raises:
-        UserError: there are no records, a field is missing or of the wrong type, an id comes twice, or the records are
-            those of another benchmark.
+        UserError: there are no records or more than the benchmark has, a field is missing or of the wrong type, an id
+            comes twice, or the records are those of another benchmark.
     """
     if not records:
         raise UserError(f"{where or benchmark.name} holds no records")
+    if len(records) > benchmark.published:
+        raise UserError(
+            f"{where or 'there'} holds {len(records):,} records, but {benchmark.title} has {benchmark.published:,} "
+            "questions: some must be there twice, or be others"
+        )
     seen: dict[Hashable, str] = {}
     for name, record in zip(names, records, strict=True):
         problem = problem_of(benchmark, record)
@@ -52,6 +57,10 @@ def problem_of(benchmark: Benchmark, record: Any) -> str | None:
         wanted = check(record[name])
         if wanted:
             return f"the field {name!r} is {_shown(record[name])}, not {wanted}"
+    for name, check in benchmark.optional.items():
+        wanted = check(record[name]) if name in record else None
+        if wanted:
+            return f"the field {name!r} is {_shown(record[name])}, not {wanted}"
     wanted = benchmark.check(record)
     return f"it is not {wanted}" if wanted else None
 
@@ -59,6 +68,8 @@ def problem_of(benchmark: Benchmark, record: Any) -> str | None:
 def best_fit(record: Any, among: Iterable[Benchmark] = BENCHMARKS.values()) -> Benchmark | None:
     """The benchmark that a record could be one of; of several, the one that asks for the most fields."""
     fits = [benchmark for benchmark in among if problem_of(benchmark, record) is None]
+    # Any question with an answer has the fields that RealWorldQA asks for: only its own words tell.
+    fits = [benchmark for benchmark in fits if len(benchmark.fields) > 2 or benchmark.check_all([record]) is None]
     return max(fits, key=lambda benchmark: len(benchmark.fields), default=None)
 
 

@@ -19,7 +19,7 @@ from haplovl.evaluate.benchmarks.rules import Benchmark, Record
 from haplovl.pictures import ImageError, decode_bytes, read_image_file, resolve_inside
 from haplovl.progress import reporter
 
-_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}.*")
+_SHARD = re.compile(r"(.+?)-\d{5}-of-(\d{5}).*")
 """The names of the hub's files: split, number of the shard, number of shards."""
 
 
@@ -164,17 +164,24 @@ def _one_json(benchmark: Benchmark, data: Path) -> Path:
 
 
 def _of_one_split(benchmark: Benchmark, data: Path, tables: list[Path]) -> list[Path]:
-    """The shards of the benchmark's split, where the folder holds several."""
-    splits = {path: match[1] for path in tables if (match := _SHARD.fullmatch(path.stem))}
-    if len(set(splits.values())) > 1:
-        there = ", ".join(sorted(set(splits.values())))
-        tables = [path for path in tables if splits.get(path) == benchmark.split]
+    """All tables where their names tell no split, else the shards of the benchmark's."""
+    shards = {path: match for path in tables if (match := _SHARD.fullmatch(path.stem))}
+    if shards:
+        apart = next((path for path in tables if path not in shards), None)
+        if apart:
+            raise UserError(f"{data} holds {apart.name} beside shards such as {next(iter(shards)).name}; name one of both")
+        there = sorted({match[1] for match in shards.values()})
+        tables = [path for path, match in shards.items() if match[1] == benchmark.split]
         if not tables:
-            raise UserError(f"{data} holds the splits {there}, but not {benchmark.split}, which {benchmark.title} is")
+            what = f"the split {there[0]}" if len(there) == 1 else f"the splits {', '.join(there)}"
+            raise UserError(f"{data} holds {what}, but not {benchmark.split}, which {benchmark.title} is")
     folders = sorted({path.parent for path in tables})
     if len(folders) > 1:
-        there = ", ".join(str(folder.relative_to(data)) for folder in folders[:4])
-        raise UserError(f"{data} holds tables in several folders ({there}); name the one of {benchmark.dataset}")
+        names = ", ".join(str(folder.relative_to(data)) for folder in folders[:4])
+        raise UserError(f"{data} holds tables in several folders ({names}); name the one of {benchmark.dataset}")
+    whole = int(shards[tables[0]][2]) if shards else len(tables)
+    if len(tables) != whole:
+        raise UserError(f"{data} holds {len(tables)} of the {whole} files of {benchmark.title}'s split {benchmark.split}")
     return tables
 
 
@@ -277,7 +284,7 @@ def _from_apart(record: Record, apart: dict[str, Picture], name: str) -> Picture
 
 
 def _require_columns(benchmark: Benchmark, path: Path, there: Iterable[str], apart: bool) -> None:
-    wanted = list(benchmark.fields)
+    wanted = [*benchmark.fields, *benchmark.tabled]
     if "image" in benchmark.columns:
         wanted.append("imageId" if apart and "image" not in there else "image")
     missing = [repr(name) for name in wanted if name not in there]

@@ -121,7 +121,7 @@ def _aggregate(records: Sequence[Record], judgements: Sequence[Judgement]) -> di
 
 
 def _option(value: Any) -> str | None:
-    return None if _is_missing(value) or isinstance(value, str) else "a string, or null where there is no such option"
+    return None if _is_missing(value) or isinstance(value, str) else "a string, or null where there is none"
 
 
 def _check(record: Record) -> str | None:
@@ -155,7 +155,8 @@ MMBENCH_EN_DEV = Benchmark(
     dataset="lmms-lab/MMBench, en",
     split="dev",
     published=4_329,
-    optional=("hint", "C", "D", "E"),
+    optional=dict.fromkeys(("hint", "C", "D", "E"), _option),
+    tabled=("hint", "C", "D"),
     fields={
         "index": lambda value: None if number(value) is None and value >= 0 else "a whole number from 0",
         "question": filled,

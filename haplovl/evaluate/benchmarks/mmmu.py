@@ -43,7 +43,7 @@ DOMAINS = {
         *("Energy_and_Power", "Materials", "Mechanical_Engineering"),
     ),
 }
-_ID = re.compile(r"([^_]*)_(.+?)_\d+")
+_ID = re.compile(r"validation_(.+?)_\d+")
 _PICTURE = re.compile(r"<image (\d+)>")
 
 
@@ -211,7 +211,7 @@ def _aggregate(records: Sequence[Record], judgements: Sequence[Judgement]) -> di
 
 def _subject(record: Record) -> str:
     found = _ID.fullmatch(record["id"])
-    return found[2] if found else ""
+    return found[1] if found else ""
 
 
 def _prompt(record: Record) -> str:
@@ -227,8 +227,8 @@ def _pictures(record: Record) -> tuple[str, ...]:
 
 
 def _check(record: Record) -> str | None:
-    if not _subject(record):
-        return "a question whose id is SPLIT_SUBJECT_NUMBER, such as validation_Art_1"
+    if not any(_subject(record) in subjects for subjects in DOMAINS.values()):
+        return "a question of the validation split, with an id like validation_Art_1 and one of MMMU's subjects"
     if not _is_choice(record):
         return None
     options = options_of(record)

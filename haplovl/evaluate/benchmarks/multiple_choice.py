@@ -16,12 +16,15 @@ from haplovl.evaluate.benchmarks.rules import (
     Judgement,
     Record,
     Reference,
+    anything,
     by,
+    choices,
     columns,
     filled,
     hit,
     identity,
     lettered,
+    maybe,
     mean,
     mean_score,
     means_by,
@@ -31,7 +34,7 @@ from haplovl.evaluate.benchmarks.rules import (
     text,
     texts,
 )
-from haplovl.evaluate.benchmarks.short_answers import bare
+from haplovl.evaluate.benchmarks.short_answers import REALWORLDQA_ASKS, bare
 
 BY_LETTER = "Answer with the option's letter from the given choices directly."
 ABCD = LETTERS[:4]
@@ -91,8 +94,8 @@ SCIENCEQA_IMG = Benchmark(
     dataset="lmms-lab/ScienceQA, ScienceQA-IMG",
     split="test",
     published=2_017,
-    optional=("id",),
-    fields={"question": filled, "choices": texts, "answer": number, "hint": text},
+    optional={"id": maybe(identity)},
+    fields={"question": filled, "choices": choices, "answer": number, "hint": text},
     columns=columns("id image question choices answer hint task grade subject topic category skill lecture solution"),
     prompt=_science_prompt,
     references={
@@ -124,7 +127,7 @@ def _ai2d(record: Record, answer: str) -> Judgement:
 
 
 def _place(value: Any) -> str | None:
-    good = number(value) is None or (isinstance(value, str) and re.fullmatch(r"\s*\d+\s*", value))
+    good = number(value) is None or (isinstance(value, str) and re.fullmatch(r"\s*\d{1,2}\s*", value))
     return None if good else "the number of the right option, from 0"
 
 
@@ -140,8 +143,8 @@ AI2D = Benchmark(
     dataset="lmms-lab/ai2d",
     split="test",
     published=3_088,
-    optional=("id",),
-    fields={"question": filled, "options": texts, "answer": _place},
+    optional={"id": maybe(identity)},
+    fields={"question": filled, "options": choices, "answer": _place},
     columns=columns("id image question options answer"),
     prompt=lambda record: f"{record['question']}\n{option_lines(record['options'])}\n{BY_LETTER}",
     references={
@@ -194,7 +197,7 @@ SEEDBENCH_IMG = Benchmark(
     dataset="lmms-lab/SEED-Bench, rows whose data_type is image",
     split="test",
     published=14_233,
-    optional=("question_type_id",),
+    optional={"question_type_id": anything},
     fields={
         "question_id": identity,
         "question": filled,
@@ -238,13 +241,19 @@ def _realworld_options(record: Record) -> dict[str, str]:
     return lettered(options) if texts(options) is None and _gold(record) in list(LETTERS) else {}
 
 
+def _realworld_check_all(records: Sequence[Record]) -> str | None:
+    """Nothing but this instruction tells the data set's rows, questions and answers alone, from any others."""
+    asking = sum(REALWORLDQA_ASKS in record["question"] for record in records)
+    return None if 2 * asking >= len(records) else f"questions of RealWorldQA end with '{REALWORLDQA_ASKS} …'; these do not"
+
+
 REALWORLDQA = Benchmark(
     name="realworldqa",
     title="RealWorldQA",
     dataset="lmms-lab/RealWorldQA",
     split="test",
     published=765,
-    optional=("id", "options"),
+    optional={"id": maybe(identity), "options": maybe(texts)},
     fields={"question": filled, "answer": filled},
     columns=columns("image image_path question answer"),
     prompt=lambda record: record["question"].strip(),
@@ -256,6 +265,7 @@ REALWORLDQA = Benchmark(
     headline=("exact_match",),
     max_new_tokens=16,
     key=lambda record: record.get("id"),
+    check_all=_realworld_check_all,
 )
 
 
@@ -295,7 +305,7 @@ MMSTAR = Benchmark(
     dataset="Lin-Chen/MMStar",
     split="val",
     published=1_500,
-    optional=("options",),
+    optional={"options": maybe(texts)},
     fields={
         "index": number,
         "question": filled,

@@ -1,6 +1,5 @@
 """Files of answered records: JSON with `records`, a JSON list, or JSON lines."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from haplovl.errors import UserError
 from haplovl.evaluate.benchmarks.catalogue import find
 from haplovl.evaluate.benchmarks.rules import LMMS_EVAL
 from haplovl.evaluate.benchmarks.scoring import score_records
+from haplovl.records import decode_unique
 
 
 def score_file(name: str, path: Path, by: str = LMMS_EVAL) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def read_json_or_lines(path: Path) -> Any:
     """The value of a JSON file; a list of values where it has one per line.
 
     Raises:
-        UserError: it is missing, empty, not UTF-8 text, or neither of both.
+        UserError: it is missing, empty, not UTF-8 text, neither of both, or has a key twice in one object.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}")
@@ -48,7 +48,7 @@ def read_json_or_lines(path: Path) -> Any:
     # Not splitlines(): it would also cut at U+2028 and the like, which JSON allows inside a string.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
-        whole = json.loads(text)
+        whole = decode_unique(text)
     except ValueError as error:
         if len(lines) < 2 or not _is_object(lines[0][1]):
             raise UserError(f"{path} is not valid JSON: {error}") from None
@@ -60,13 +60,13 @@ def read_json_or_lines(path: Path) -> Any:
 
 def _is_object(line: str) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(decode_unique(line), dict)
     except ValueError:
         return False
 
 
 def _line(path: Path, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
+        return decode_unique(line)
     except ValueError as error:
         raise UserError(f"line {number} of {path} is not valid JSON: {error}") from None

@@ -1,7 +1,7 @@
 """What a benchmark is here: the fields of its records, its prompt, its scoring rules and its aggregate."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Record = Mapping[str, Any]
@@ -47,7 +47,8 @@ class Benchmark:
 
     Its data: `dataset` on the Hugging Face hub and its `split`; `keeps` tells which of its rows belong here, and
     `published` how many these are. `fields` are the columns that a record must have, `optional` others that are used
-    where present, and `columns` all that the published data set has. `check` looks at a record as a whole and ends a
+    where present, and `columns` all that the published data set has. `tabled` are those of `optional` that its tables
+    hold for every row, where a record alone may leave out what it has not. `check` looks at a record as a whole and ends a
     sentence like a field's check; `check_all` looks at all of them. `key` is what no two records may share (None: they
     have no id). `group` joins records that only count together. `pictures` names the columns of a record's pictures in
     the order they are shown.
@@ -74,7 +75,8 @@ class Benchmark:
     check_all: Callable[[Sequence[Record]], str | None] = lambda records: None
     group: Callable[[Record], Hashable] | None = None
     settle: Callable[[Sequence[Record], Sequence[Judgement]], list[Judgement]] = _row_alone
-    optional: tuple[str, ...] = ()
+    optional: Mapping[str, Check] = field(default_factory=dict)
+    tabled: tuple[str, ...] = ()
     pictures: Callable[[Record], tuple[str, ...]] = lambda record: ("image",)
     keeps: Callable[[Record], bool] = lambda record: True
 
@@ -115,6 +117,26 @@ def texts(value: Any) -> str | None:
     """A list of strings, not empty."""
     good = isinstance(value, list | tuple) and value and all(isinstance(item, str) for item in value)
     return None if good else "a list of strings"
+
+
+def choices(value: Any) -> str | None:
+    """A list of strings, not empty, with a letter for each."""
+    return None if texts(value) is None and len(value) <= len(LETTERS) else "a list of 1 to 26 strings"
+
+
+def anything(value: Any) -> str | None:
+    """Whatever it is."""
+    return None
+
+
+def maybe(check: Check) -> Check:
+    """What a check asks for, or null."""
+
+    def wanted(value: Any) -> str | None:
+        asked = None if value is None else check(value)
+        return asked and f"{asked}, or null"
+
+    return wanted
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -12,6 +12,7 @@ from haplovl.evaluate.benchmarks.rules import (
     Judgement,
     Record,
     Reference,
+    anything,
     columns,
     filled,
     hit,
@@ -58,14 +59,19 @@ def _gqa_check(record: Record) -> str | None:
     return "a GQA question, not one of RealWorldQA" if REALWORLDQA_ASKS in record["question"] else None
 
 
+def _gqa_id(value: Any) -> str | None:
+    """What else has an id, a question and an answer has names for ids, such as this project's own predictions."""
+    return None if identity(value) is None and str(value).strip().isdigit() else "a number, as ids of GQA are"
+
+
 GQA = Benchmark(
     name="gqa",
     title="GQA",
     dataset="lmms-lab/GQA, testdev_balanced_instructions and testdev_balanced_images",
     split="testdev",
     published=12_578,
-    optional=("imageId",),
-    fields={"id": identity, "question": filled, "answer": filled},
+    optional={"imageId": anything},
+    fields={"id": _gqa_id, "question": filled, "answer": filled},
     columns=columns(
         "id imageId image question answer fullAnswer isBalanced groups entailed equivalent types "
         "annotations semantic semanticStr"
@@ -154,7 +160,7 @@ VQAV2 = Benchmark(
     dataset="lmms-lab/VQAv2",
     split="validation",
     published=214_354,
-    optional=("question_type", "answer_type"),
+    optional={"question_type": anything, "answer_type": anything},
     fields={"question_id": identity, "question": filled, "answers": _annotations},
     columns=columns("question_id question answers question_type answer_type multiple_choice_answer image_id image"),
     prompt=asked_briefly,

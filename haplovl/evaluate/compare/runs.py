@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 
 from haplovl.errors import UserError
 from haplovl.evaluate.compare.wandb_files import read_offline_run
-from haplovl.evaluate.predictions import Side, predictions_of, read_predictions
+from haplovl.evaluate.predictions import Side, as_object, predictions_of, read_predictions
 from haplovl.files import HEADS, REPORTS, RUN_FILE, RUNS, STAGE1, STAGE2, read_json, sha256_of_folder
 from haplovl.settings import Params
 
@@ -60,6 +61,8 @@ class ComparedRun:
     """How tables call it."""
     notes: tuple[str, ...] = ()
     """What a reader must know of what its files hold."""
+    places: frozenset[Path] = frozenset()
+    """All folders that it was read from."""
 
 
 def read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
@@ -79,7 +82,11 @@ def read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
             )
             raise UserError(twice)
         places[place] = path
-    return [read_run(path) for path in paths]
+    runs = [read_run(path) for path in paths]
+    for first, second in combinations(runs, 2):
+        if first.places & second.places:
+            raise UserError(f"{first.path} and {second.path} are the same run")
+    return runs
 
 
 def read_run(path: Path) -> ComparedRun:
@@ -100,7 +107,8 @@ def read_run(path: Path) -> ComparedRun:
     }
     for pattern, reader in readers.items():
         if any(folder.glob(pattern)):
-            return reader(folder)
+            run = reader(folder)
+            return replace(run, places=frozenset(place.resolve() for place in {folder, *run.places}))
     raise UserError(f"{path} holds no run: give the folder of {KINDS}")
 
 
@@ -116,6 +124,7 @@ def _read_project(folder: Path) -> ComparedRun:
     said = folder / EVALUATION / PREDICTIONS
     answers = read_predictions(said) if said.is_file() else None
     about, logs, notes = _about_of_project(folder), {}, []
+    places = {folder / EVALUATION} if answers else set()
     for model in MODELS:
         stage, rows = model.name, _log(folder / model / MODEL_LOG)
         asked = _was_asked(told, folder / model) if rows and answers else True
@@ -131,9 +140,11 @@ def _read_project(folder: Path) -> ComparedRun:
             own = _own_folder(rows, folder / RUNS / "training", stage)
             logs[stage] = _log(own / STATE_LOG) if own else rows
             about = _with_code(about, _description(own).get("code", {})) if own else about
+            places |= {folder / model, *([own] if own else [])}
     if not logs and answers is None:
         raise UserError(f"{folder} has nothing to compare yet: it holds no trained model and no evaluation")
-    return ComparedRun(folder, about, logs, answers, notes=tuple(dict.fromkeys(notes)))
+    notes = tuple(dict.fromkeys(notes))
+    return ComparedRun(folder, about, logs, answers, notes=notes, places=frozenset(places))
 
 
 def _read_evaluation(folder: Path) -> ComparedRun:
@@ -152,7 +163,9 @@ def _read_state(folder: Path) -> ComparedRun:
 def _read_model(folder: Path) -> ComparedRun:
     rows = _require_log(folder / MODEL_LOG)
     stage = _stage_of(folder, rows)
-    return ComparedRun(folder, _about_of_model(folder, stage, rows), {stage: rows}, None)
+    project = _project_around(folder, *MODELS)
+    own = _own_folder(rows, project / RUNS / "training", stage) if project else None
+    return ComparedRun(folder, _about_of_model(folder, own), {stage: rows}, None, places=frozenset({own} - {None}))
 
 
 def _stage_of(folder: Path, rows: list[dict[str, Any]]) -> str:
@@ -180,8 +193,21 @@ def _read_wandb(folder: Path) -> ComparedRun:
 
 # --- what they are made of -------------------------------------------------------------------------------------------
 def _description(folder: Path) -> dict[str, Any]:
-    """The file in which a run says what it is made of; nothing where there is none."""
-    return read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+    """The file in which a run says what it is made of; nothing where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / RUN_FILE
+    if not path.is_file():
+        return {}
+    told = as_object(read_json(path), str(path))
+    for name in ("params", "data", "code", "models"):
+        as_object(told.get(name, {}), f"{path}, '{name}'")
+    for name, kind in (("recipe", str), ("stage", str), ("seed", int | None)):
+        if not isinstance(told.get(name, "" if kind is str else None), kind):
+            raise UserError(f"{path}: '{name}' is {told[name]!r:.60}")
+    return told
 
 
 def _about(told: dict[str, Any]) -> About:
@@ -208,12 +234,11 @@ def _was_asked(told: dict[str, Any], model: Path) -> bool | None:
     return told["models"].get(model.name) == sha256_of_folder(model) if "models" in told else None
 
 
-def _about_of_model(folder: Path, stage: str, rows: list[dict[str, Any]]) -> About:
+def _about_of_model(folder: Path, own: Path | None) -> About:
     """From the training that its log came from, else from its evaluation, else from the project's settings of now."""
     project = _project_around(folder, *MODELS)
     if project is None:
         return About()
-    own = _own_folder(rows, project / RUNS / "training", stage)
     if own and (told := _description(own)):
         return _about(told)
     told = _description(project / EVALUATION)
@@ -268,13 +293,17 @@ def _log(path: Path) -> list[dict[str, Any]]:
     """The rows of a training log; none where it is missing. A last line that is still being written is left out."""
     if not path.is_file():
         return []
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows.append({**row, "step": int(row["step"]), "loss": float(row["loss"])})
-        except (ValueError, TypeError, KeyError):
+            held_out = {name: float(row[name]) for name in ("validation_loss",) if name in row}
+            rows.append({**row, **held_out, "step": int(row["step"]), "loss": float(row["loss"])})
+        except (ValueError, TypeError, KeyError, OverflowError):
             if number == len(lines) and rows:
                 break
             raise UserError(f"{path}, line {number}: no row of a training log") from None

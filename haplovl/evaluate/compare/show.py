@@ -12,6 +12,7 @@ from haplovl.evaluate.compare.comparison import ALL, UNKNOWN, Comparison, StageF
 from haplovl.evaluate.compare.runs import ComparedRun, read_runs
 from haplovl.evaluate.console import wide_console
 from haplovl.evaluate.statistics import Interval
+from haplovl.files import require_writable
 
 NONE = "–"
 FIGURES = ("loss", "held-out loss", "tokens/s", "TFLOP/s", "GiB", "hours")
@@ -25,7 +26,7 @@ def show(paths: Sequence[Path], html: Path | None = None) -> None:
             everything but accuracies is shown first. Or the page cannot be where it is wanted: before any work.
     """
     if html is not None:
-        _require_room(html)
+        require_writable(html, "--html")
     comparison = compare(read_runs(paths))
     console = wide_console()
     for table in tables(comparison):
@@ -39,14 +40,6 @@ def show(paths: Sequence[Path], html: Path | None = None) -> None:
         console.print(f"The page is {html}", markup=False)
     if comparison.refusal:
         raise UserError(comparison.refusal)
-
-
-def _require_room(html: Path) -> None:
-    if html.is_dir():
-        raise UserError(f"--html names a file to write, and {html} is a folder")
-    nearest = next(parent for parent in html.absolute().parents if parent.exists())
-    if not nearest.is_dir():
-        raise UserError(f"{html} cannot be written: {nearest} is no folder")
 
 
 def tables(comparison: Comparison) -> list[Table]:

@@ -1,5 +1,6 @@
 """Answers and log-likelihoods for a harness: prompts as they come, pictures at their places, batches by length."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -236,8 +237,11 @@ def _with_answer(processor: Any, text: str, answer: str) -> tuple[str, str]:
     if not answer:
         raise UserError("the task asks for the likelihood of an empty answer")
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-    whole = processor.apply_chat_template(messages, tokenize=False)
-    return whole[: whole.rindex(answer) + len(answer)], _rendered(processor, text)
+    whole, prompt = processor.apply_chat_template(messages, tokenize=False), _rendered(processor, text)
+    # From the prompt on: its words or the template's end mark may hold the answer's letters as well.
+    start = whole.find(answer, len(os.path.commonprefix([whole, prompt])))
+    start = whole.rindex(answer) if start < 0 else start
+    return whole[: start + len(answer)], prompt
 
 
 @torch.inference_mode()

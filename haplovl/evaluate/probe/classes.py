@@ -108,12 +108,19 @@ def _names(folder: Path) -> dict[str, list[str]]:
     path = next((folder / name for name in NAMES if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"probe.imagenet: {folder} holds neither {' nor '.join(NAMES)}, which name its classes")
-    names = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"probe.imagenet: {path} is not UTF-8 text") from None
+    names: dict[str, list[str]] = {}
+    for number, line in enumerate(text.split("\n"), 1):
         parts = line.split(maxsplit=1)
         if len(parts) == 2:
-            more = [MORE_NAMES[parts[0]]] if parts[0] in MORE_NAMES else []
-            names[parts[0]] = [name.strip() for name in parts[1].split(",")] + more
+            own = [name.strip() for name in parts[1].split(",")]
+            if not all(own) or parts[0] in names:
+                wrong = f"names '{parts[0]}' a second time" if parts[0] in names else "holds an empty name"
+                raise UserError(f"probe.imagenet: line {number} of {path} {wrong}")
+            names[parts[0]] = own + ([MORE_NAMES[parts[0]]] if parts[0] in MORE_NAMES else [])
     return names
 
 

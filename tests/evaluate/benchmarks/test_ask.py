@@ -91,4 +91,7 @@ def test_bad_data_and_models_are_refused(run, tmp_path):
     assert "there is no file or folder data" in run("pope", "data")
     write_json_folder("gqa", tmp_path / "data", 2)
     assert "(gqa)" in run("pope", "data")
+    assert "--output names a file to write, and data is a folder" in run("gqa", "data", "--output", "data")
+    (tmp_path / "file").write_text("")
+    assert "file is no folder" in run("gqa", "data", "--output", "file/gqa.json")
     assert "there is no model folder none" in run("gqa", "data", "--model", "none")

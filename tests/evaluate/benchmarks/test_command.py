@@ -101,6 +101,27 @@ def test_an_unknown_benchmark_names_the_nearest_and_all(score, name, nearest):
     assert all(known in message for known in names())
 
 
+def test_more_records_than_the_benchmark_has_are_refused(refusal):
+    record = answered("realworldqa")[0]
+    message = refusal("realworldqa", [record] * 766)
+    assert "holds 766 records, but RealWorldQA has 765 questions" in message
+
+
+def test_a_key_that_comes_twice_is_refused(refusal):
+    record = json.dumps(answered("pope")[0])
+    twice = record.replace('"prediction"', '"prediction": "yes", "prediction"')
+    assert "the key 'prediction' occurs twice in one object" in refusal("pope", f"[{twice}]")
+    assert "the key 'prediction' occurs twice in one object" in refusal("pope", f"{record}\n{twice}")
+    assert "nested too deeply" in refusal("pope", "[" * 100_000)
+
+
+def test_the_fields_of_a_question_and_an_answer_alone_are_no_hint_at_a_benchmark(refusal):
+    record = answered("pope")[0]
+    del record["category"]
+    message = refusal("pope", [record])
+    assert "no field 'category', which POPE needs" in message and "looks like" not in message
+
+
 def test_a_name_like_no_other_has_no_nearest(score):
     assert "there is no benchmark 'xyz'; there are gqa" in score("xyz", path_of("pope"))
 
@@ -159,7 +180,17 @@ def test_an_id_that_comes_twice_is_refused(name, field, refusal):
         ("mmbench_en_dev", {"answer": "D", "D": "nan"}, "not a question whose answer is one of its options (A, B, C)"),
         ("mmmu_val", {"answer": "E"}, "not a question whose answer is one of its options (A, B, C, D)"),
         ("mmmu_val", {"options": "['a'"}, "not a multiple-choice question with options"),
-        ("mmmu_val", {"id": "Art 1"}, "SPLIT_SUBJECT_NUMBER"),
+        ("mmmu_val", {"id": "Art 1"}, "with an id like validation_Art_1"),
+        ("mmmu_val", {"id": "test_Art_1"}, "not a question of the validation split"),
+        ("mmmu_val", {"id": "validation_Nonsense_1"}, "one of MMMU's subjects"),
+        ("gqa", {"id": "s0#0"}, "the field 'id' is 's0#0', not a number, as ids of GQA are"),
+        ("realworldqa", {"question": "Is there a cat?"}, "end with 'Please answer directly …'; these do not"),
+        ("ai2d", {"id": [1]}, "the field 'id' is [1], not a whole number or a string, or null"),
+        ("ai2d", {"answer": "9" * 5000}, "not the number of the right option"),
+        ("scienceqa_img", {"choices": ["a"] * 30, "answer": 28}, "not a list of 1 to 26 strings"),
+        ("mmbench_en_dev", {"C": 3}, "the field 'C' is 3, not a string, or null where there is none"),
+        ("mmstar", {"options": 5}, "the field 'options' is 5, not a list of strings, or null"),
+        ("mmstar", {"options": "A: cat"}, "the field 'options' is 'A: cat', not a list of strings, or null"),
         ("mmstar", {"answer": "E"}, "the field 'answer' is 'E', not A, B, C or D"),
         ("pope", {"category": "rare"}, "the field 'category' is 'rare', not random, popular or adversarial"),
         ("seedbench_img", {"data_type": "video"}, "the field 'data_type' is 'video', not image"),

@@ -77,6 +77,16 @@ def test_only_the_published_split_is_read(tmp_path):
     assert len(read_rows(find("vqav2"), folder)) == 3
     (folder / "validation-00000-of-00001.parquet").rename(folder / "testdev-00000-of-00001.parquet")
     assert "holds the splits test, testdev, but not validation" in refusal("vqav2", folder)
+    (folder / "test-00000-of-00001.parquet").unlink()
+    assert "holds the split testdev, but not validation" in refusal("vqav2", folder)
+
+
+def test_a_split_with_missing_shards_or_other_tables_beside_it_is_refused(tmp_path):
+    folder = write_parquet_folder("pope", tmp_path / "pope", 3)
+    shard = (folder / "test-00000-of-00001.parquet").rename(folder / "test-00001-of-00003-0a1b.parquet")
+    assert "holds 1 of the 3 files of POPE's split test" in refusal("pope", folder)
+    (folder / "extra.parquet").write_bytes(shard.read_bytes())
+    assert f"holds extra.parquet beside shards such as {shard.name}" in refusal("pope", folder)
 
 
 def refusal(name, data):
@@ -96,6 +106,12 @@ def test_missing_columns_are_named(name, tmp_path):
     write_parquet_folder(name, tmp_path / "b", 3, without=picture)
     message = refusal(name, tmp_path / "b")
     assert f"lacks the column {picture!r}" in message or f"has no column {picture!r}" in message
+
+
+@pytest.mark.parametrize("column", ["hint", "C", "D"])
+def test_options_and_hints_are_columns_that_a_table_must_have(column, tmp_path):
+    write_parquet_folder("mmbench_en_dev", tmp_path / "data", 3, without=column)
+    assert f"lacks the column {column!r} of MMBench-EN dev" in refusal("mmbench_en_dev", tmp_path / "data")
 
 
 @pytest.mark.parametrize("name", ["gqa", "mmmu_val", "seedbench_img"])
@@ -146,4 +162,5 @@ def test_the_data_of_another_benchmark_are_refused(name, other, tmp_path):
     assert f"({other})" in refusal(name, tmp_path / "json")
     write_parquet_folder(other, tmp_path / "parquet", 2)
     message = refusal(name, tmp_path / "parquet")
-    assert f"({other})" in message or "lacks the column" in message
+    wrong_split = f"but not {find(name).split}, which {find(name).title} is"
+    assert any(part in message for part in (f"({other})", "lacks the column", wrong_split)), message

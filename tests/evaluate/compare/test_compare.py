@@ -302,6 +302,8 @@ def test_what_is_no_run_is_told_in_one_sentence(tmp_path: Path, monkeypatch) -> 
         ("p",): "a comparison needs two runs or more, and there is one",
         ("p", "p"): "p is given twice",
         ("p", "p/params.yaml"): "p and p/params.yaml are the same run",
+        ("p", "p/reports/evaluation"): "p and p/reports/evaluation are the same run",
+        ("p/models/stage2", str(state)): f"p/models/stage2 and {state} are the same run",
         ("p", "nowhere"): "there is no run at nowhere",
         ("p", "empty"): "empty holds no run: give the folder of a project",
         ("p", "notes.txt"): "notes.txt is no run: give",
@@ -315,6 +317,30 @@ def test_what_is_no_run_is_told_in_one_sentence(tmp_path: Path, monkeypatch) -> 
     for words, expected in cases.items():
         message = command(monkeypatch, *words)
         assert message.startswith(f"error: {expected}") and "\n" not in message, (words, message)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("reports/evaluation/run.json", "[1]", "run.json: expected a JSON object, found list"),
+        ("reports/evaluation/run.json", '{"params": null}', "'params': expected a JSON object, found NoneType"),
+        ("reports/evaluation/run.json", '{"code": [1]}', "'code': expected a JSON object, found list"),
+        ("reports/evaluation/run.json", '{"seed": [1]}', "run.json: 'seed' is [1]"),
+        ("models/stage2/training_log.jsonl", '{"step": Infinity, "loss": 1}\n', "line 1: no row of a training log"),
+        (
+            "models/stage2/training_log.jsonl",
+            '{"step": 1, "loss": 1, "validation_loss": "x"}\n{"step": 2, "loss": 1}\n',
+            "line 1: no row of a training log",
+        ),
+        ("models/stage2/training_log.jsonl", "\udcff", "training_log.jsonl is not UTF-8 text"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(file, text, said, tmp_path: Path, monkeypatch) -> None:
+    project(tmp_path / "p", 0.9)
+    project(tmp_path / "q", 0.8)
+    (tmp_path / "q" / file).write_text(text, errors="surrogateescape")
+    message = command(monkeypatch, "p", "q")
+    assert message.startswith("error: q/") and said in message and "\n" not in message, message
 
 
 def test_predictions_of_an_older_version_are_refused_by_name(tmp_path: Path) -> None:
