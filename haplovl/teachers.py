@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 
 from haplovl.data.conversation import TEMPLATES
 from haplovl.errors import TemporaryError, UserError
-from haplovl.files import TEACHERS, VALIDATED, require, sha256_of_folder, whole_folder, write_json
+from haplovl.files import TEACHERS, VALIDATED, read_json, require, sha256_of_folder, whole_folder, write_json
 from haplovl.model import HaploImageProcessor, HaploProcessor
 from haplovl.model.inherit import vision_part
 from haplovl.model.layout import tile_shapes
@@ -35,6 +35,8 @@ from haplovl.settings import FolderTeacher, HubTeacher, Params
 
 PAD_TOKEN = "<pad>"
 NO_REVISION = "0" * 40
+PIXELS = "preprocessor_config.json"
+"""Where models of the hub say how their pixels are normalised, and where `models/teachers/vision` keeps that."""
 NO_CODE = {"trust_remote_code": False}
 """Unless told so, transformers asks on the terminal whether code that comes with a model shall run."""
 
@@ -83,8 +85,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str) -> PreT
 def make_processor(folder: Path, tokenizer: PreTrainedTokenizerBase, params: Params) -> HaploProcessor:
     """The processor of the model that will inherit from the teachers in `folder`; follows from `params.model`."""
     vision = vision_part(AutoConfig.from_pretrained(folder / "vision"))
-    is_siglip = vision.model_type == "siglip_vision_model"
-    normalise: dict[str, Any] = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3} if is_siglip else {}
+    normalise: dict[str, Any] = _normalisation(folder / "vision", vision.model_type)
     size, released = params.model.image_size, params.model.released_layout
     if params.model.fusion == "patches":
         normalise["tiling"] = "native"
@@ -101,6 +102,13 @@ def make_processor(folder: Path, tokenizer: PreTrainedTokenizerBase, params: Par
         image_newline=params.model.image_newline,
         frame_newlines=not released,
     )
+
+
+def _normalisation(folder: Path, kind: str) -> dict[str, Any]:
+    """Mean and deviation of the pixels that the vision teacher knows; those of its kind where it does not tell."""
+    if (folder / PIXELS).is_file():
+        return read_json(folder / PIXELS)
+    return {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3} if kind == "siglip_vision_model" else {}
 
 
 def recipe_processor(params: Params) -> HaploProcessor:
@@ -141,6 +149,7 @@ def _take_vision(source: HubTeacher | FolderTeacher, target: Path) -> dict[str, 
         teacher = _with_text_tower(place, options) or teacher
         _take_clip_tokenizer(place, options, target)
     teacher.save_pretrained(target)
+    _take_normalisation(place, options, target)
     return lineage
 
 
@@ -155,6 +164,27 @@ def _take_clip_tokenizer(place: str, options: dict[str, Any], target: Path) -> N
     asked = {**options, "_raise_exceptions_for_missing_entries": False}
     if _load(lambda: cached_file(place, "tokenizer_config.json", **asked), place) is not None:
         _load(lambda: AutoTokenizer.from_pretrained(place, **options), place).save_pretrained(target)
+
+
+def _take_normalisation(place: str, options: dict[str, Any], target: Path) -> None:
+    """Keeps mean and deviation of the teacher's pixels where it comes with them: not every CLIP has OpenAI's."""
+    asked = {**options, "_raise_exceptions_for_missing_entries": False}
+    for name in (PIXELS, "processor_config.json"):
+        path = _load(lambda name=name: cached_file(place, name, **asked), place)
+        told = read_json(Path(path)) if path is not None else {}
+        told = told.get("image_processor", told) if isinstance(told, dict) else {}
+        if not {"image_mean", "image_std", "do_normalize"} & set(told):
+            continue
+        plain = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3} if told.get("do_normalize") is False else told
+        found = {key: plain.get(key) for key in ("image_mean", "image_std")}
+        for key, values in found.items():
+            good = (
+                isinstance(values, list) and len(values) == 3 and all(type(value) in (int, float) for value in values)
+            )
+            if not good or (key == "image_std" and min(values) <= 0):
+                raise UserError(f"teachers.vision: '{key}' in {name} of '{place}' is {values!r:.60}, not three numbers")
+        write_json(target / PIXELS, found)
+        return
 
 
 def _take_language(

@@ -17,6 +17,7 @@ from haplovl.data.validated import ImageFile, ValidatedRecord, write_validated
 from haplovl.errors import UserError
 from haplovl.files import RAW, TEACHERS, VALIDATED, read_json, sha256_of
 from haplovl.model import HaploProcessor
+from haplovl.model.image_processing import CLIP_MEAN, CLIP_STD
 from haplovl.model.inherit import inherit
 from haplovl.model.media import image_sizes
 from haplovl.records import Record, Turn
@@ -111,6 +112,37 @@ def test_a_clip_file_of_the_vision_tower_alone_is_enough(params, folders, clip):
     assert same_weights(load_vision(TEACHERS / "vision").state_dict(), clip.vision_model.state_dict())
     assert read_json(TEACHERS / "vision/config.json")["model_type"] == "clip_vision_model"
     assert not (TEACHERS / "vision/tokenizer_config.json").exists()  # there was none
+
+
+@pytest.mark.parametrize(
+    ("file", "told", "mean", "std"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.25, 0.5, 1]}, [0.5] * 3, [0.25, 0.5, 1]),
+        (
+            "processor_config.json",
+            {"image_processor": {"image_mean": [0.1] * 3, "image_std": [1] * 3}},
+            [0.1] * 3,
+            [1] * 3,
+        ),
+        ("preprocessor_config.json", {"do_normalize": False, "image_mean": [9] * 3}, [0] * 3, [1] * 3),
+        ("preprocessor_config.json", {"size": 32}, CLIP_MEAN, CLIP_STD),
+    ],
+)
+def test_pixels_are_normalised_as_the_vision_teacher_knows_them(file, told, mean, std, params, folders):
+    (folders / "clip" / file).write_text(json.dumps(told))
+    make_teachers(params)
+    for processor in (HaploProcessor.from_pretrained(TEACHERS / "processor"), recipe_processor(params)):
+        assert processor.image_processor.image_mean == pytest.approx(list(mean))
+        assert processor.image_processor.image_std == pytest.approx(list(std))
+
+
+@pytest.mark.parametrize(
+    "told", [{"image_mean": [0.5] * 3}, {"image_mean": 0.5, "image_std": 0.5}, {"image_std": [0] * 3}]
+)
+def test_a_normalisation_that_cannot_be_used_is_one_sentence(told, params, folders):
+    (folders / "clip/preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3} | told))
+    with pytest.raises(UserError, match=r"teachers.vision: 'image_(mean|std)' in preprocessor_config.json of .* is "):
+        make_teachers(params)
 
 
 def test_several_bin_files_and_a_tied_head_are_read_whole(params, folders, language):

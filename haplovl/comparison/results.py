@@ -86,7 +86,9 @@ def _digest(folder: Path, metrics: Any) -> str:
     data = metrics.get("data") if isinstance(metrics, dict) else None
     found = data.get("sha256") if isinstance(data, dict) else None
     if not isinstance(found, str):
-        raise UserError(f"{folder}/metrics/evaluation.json does not say which questions it is of; evaluate the run again")
+        raise UserError(
+            f"{folder}/metrics/evaluation.json does not say which questions it is of; evaluate the run again"
+        )
     return found
 
 

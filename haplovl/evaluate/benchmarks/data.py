@@ -169,7 +169,9 @@ def _of_one_split(benchmark: Benchmark, data: Path, tables: list[Path]) -> list[
     if shards:
         apart = next((path for path in tables if path not in shards), None)
         if apart:
-            raise UserError(f"{data} holds {apart.name} beside shards such as {next(iter(shards)).name}; name one of both")
+            raise UserError(
+                f"{data} holds {apart.name} beside shards such as {next(iter(shards)).name}; name one of both"
+            )
         there = sorted({match[1] for match in shards.values()})
         tables = [path for path, match in shards.items() if match[1] == benchmark.split]
         if not tables:
@@ -181,7 +183,9 @@ def _of_one_split(benchmark: Benchmark, data: Path, tables: list[Path]) -> list[
         raise UserError(f"{data} holds tables in several folders ({names}); name the one of {benchmark.dataset}")
     whole = int(shards[tables[0]][2]) if shards else len(tables)
     if len(tables) != whole:
-        raise UserError(f"{data} holds {len(tables)} of the {whole} files of {benchmark.title}'s split {benchmark.split}")
+        raise UserError(
+            f"{data} holds {len(tables)} of the {whole} files of {benchmark.title}'s split {benchmark.split}"
+        )
     return tables
 
 

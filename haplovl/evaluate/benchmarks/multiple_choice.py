@@ -244,7 +244,11 @@ def _realworld_options(record: Record) -> dict[str, str]:
 def _realworld_check_all(records: Sequence[Record]) -> str | None:
     """Nothing but this instruction tells the data set's rows, questions and answers alone, from any others."""
     asking = sum(REALWORLDQA_ASKS in record["question"] for record in records)
-    return None if 2 * asking >= len(records) else f"questions of RealWorldQA end with '{REALWORLDQA_ASKS} …'; these do not"
+    return (
+        None
+        if 2 * asking >= len(records)
+        else f"questions of RealWorldQA end with '{REALWORLDQA_ASKS} …'; these do not"
+    )
 
 
 REALWORLDQA = Benchmark(
