@@ -144,7 +144,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=_jobs, default=len(os.sched_getaffinity(0)), help="runs at once; default: cores")
     options = parser.parse_args()
     try:
-        load_compute(options.compute)
+        if load_compute(options.compute).launcher == "sky":
+            raise UserError(f"'{options.compute}' rents nodes for stages of the pipeline, not for runs of a comparison")
         for group in ("compute", *GROUPS[options.what]):
             for run in planned(load_compare(), group):
                 load_recipe(run.recipe_file, run.seed)  # a recipe that is wrong is found before an hour of training

@@ -39,6 +39,7 @@ def run_on_rented_nodes(name: str, profile: ComputeProfile, on_line: Line) -> tu
     A job of the same commit and inputs that still runs is followed instead; ending this function early cancels it.
     """
     try:
+        _check_bucket(profile)
         sky, commit = find_sky(), pushed_commit(name)
         send_inputs(name)
         if not (running := find_job(sky, job_name(name, profile, commit))) and restore(name):
@@ -57,6 +58,14 @@ def run_on_rented_nodes(name: str, profile: ComputeProfile, on_line: Line) -> tu
 
 
 # --- before anything is rented ---------------------------------------------------------------------------------------
+def _check_bucket(profile: ComputeProfile) -> None:
+    if profile.sky and "CHANGE-ME" in profile.sky.state_bucket:
+        raise UserError(
+            f"infra/compute/{profile.name}.yaml: sky.state_bucket is still '{profile.sky.state_bucket}'; bucket names "
+            "are world-wide, choose one"
+        )
+
+
 def find_sky() -> str:
     """The sky command, once it has said that a cloud is enabled.
 

@@ -12,7 +12,13 @@ PRESETS = Path("params")
 
 
 def list_presets() -> list[str]:
-    """Names of the presets, sorted."""
+    """Names of the presets, sorted.
+
+    Raises:
+        UserError: this is no project's root folder.
+    """
+    if not PRESETS.is_dir():
+        raise UserError(f"there is no folder {PRESETS}/ here; run the command in the project's root folder")
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 

@@ -1,6 +1,7 @@
 """YAML files as strict typed models: what does not fit is explained in one sentence."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,15 @@ def validate_settings(data: dict[str, Any], path: Path, kind: type[Strict]) -> A
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise SettingsError("; ".join(_explain(path, kind, item, data) for item in error.errors())) from None
+        told = dict.fromkeys(_explain(path, kind, item, data) for item in error.errors())
+        raise SettingsError("; ".join(told)) from None
 
 
 def _explain(path: Path, kind: type[Strict], error: Any, data: dict) -> str:
     """One sentence for one pydantic error, with the nearest valid key where a key is unknown."""
     location = [str(part) for part in error["loc"]]
+    if error["type"] == "extra_forbidden" and location[-2:-1] == ["none"]:
+        return f"{path}: '{location[0]}.objective: none' takes no other keys; remove those beside it"
     if error["type"] == "extra_forbidden":
         # The parent's location leads to the settings class whose fields are the valid keys.
         names = _valid_keys(kind, location[:-1])
@@ -78,12 +82,53 @@ def _explain(path: Path, kind: type[Strict], error: Any, data: dict) -> str:
     name = ".".join(_without_tags(location, data))
     if error["type"] == "missing":
         return f"{path}: '{name}' is missing"
-    given = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
+    if error["type"].startswith("union_tag"):
+        return _wrong_tag(path, kind, location, name, error["ctx"])
+    if error["type"] == "string_pattern_mismatch" and error["ctx"]["pattern"] in PATTERNS:
+        return f"{path}: '{name}' must be {PATTERNS[error['ctx']['pattern']]}, found {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
     place = f"{path}: '{name}'" if name else str(path)  # a rule between sections names them itself
-    return f"{place}: {message[0].lower()}{message[1:]}{given}"
+    return f"{place}: {message[0].lower()}{message[1:]}{_found(error['input'], error['type'])}"
 
 
+def _found(given: Any, problem: str) -> str:
+    """What stands there instead; nothing of a whole section."""
+    power = POWER.fullmatch(given) if isinstance(given, str) and problem in ("float_type", "int_type") else None
+    if power:
+        number, sign, exponent = power.groups()
+        written = f"{number}{'' if '.' in number else '.0'}e{sign or '+'}{exponent}"
+        return f", found {given!r}, which YAML takes for text; write {written}"
+    return "" if isinstance(given, dict) else f", found {given!r}"
+
+
+def _wrong_tag(path: Path, kind: type[Strict], location: list[str], name: str, context: dict[str, Any]) -> str:
+    """One sentence for a section whose kind is missing or unknown."""
+    tag = f"'{name}.{context['discriminator'].strip(QUOTE)}'"
+    known = context.get("expected_tags")
+    if known is None:
+        return f"{path}: {tag} is missing; choose {', '.join(_known_tags(kind, location))}"
+    near = difflib.get_close_matches(context["tag"], [own.strip(QUOTE) for own in known.split(", ")], n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"{path}: {tag} is '{context['tag']}', which is unknown; {hint}choose {known}"
+
+
+def _known_tags(kind: Any, location: list[str]) -> list[str]:
+    """The kinds that the section at `location` below `kind` may have."""
+    for part in (part for part in location if not part.isdigit()):
+        fields = {field.alias or name: field for name, field in kind.model_fields.items()}
+        members = _models(fields[part].annotation)
+        kind = members[0]
+    return [f"'{tag}'" for member in members for tag in _tags_of(member)]
+
+
+QUOTE = "'"
+POWER = re.compile(r"([-+]?\d+\.?\d*)[eE]([-+]?)(\d+)")
+"""A number that YAML 1.1 reads as text: it wants a point and the exponent's sign."""
+PATTERNS = {
+    r"^[0-9a-f]{40}$": "a full commit hash (git ls-remote https://huggingface.co/ID HEAD shows the newest)",
+    r"^[a-z]([a-z0-9-]*[a-z0-9])?$": "a name of a-z, 0-9 and '-' that begins with a letter",
+}
+"""What patterns of the settings ask for, in words."""
 TAGS = ("kind", "format", "objective")
 """Fields that tell the members of a union apart."""
 

@@ -69,6 +69,7 @@ def test_a_stage_with_another_objective_keeps_its_size_and_others_are_merged():
         ("stage2: {optimizer: {betas: [0.9, 1.0]}}", ["betas"]),
         ("model: {fusion: tower, text_path: connector, pre_decoder_layers: null}", ["distillation trains"]),
         ("stage2: {optimizer: {rate_factors: {tail: 0.0}}}", ["rate_factors"]),
+        ("recipe: yours", ["recipes/mine.yaml: 'recipe' is 'yours', but the file is called 'mine'"]),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused_by_name(text, words, tmp_path, monkeypatch):
@@ -79,6 +80,14 @@ def test_a_recipe_that_does_not_fit_is_refused_by_name(text, words, tmp_path, mo
     with pytest.raises(SettingsError) as error:
         load_recipe("mine")
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_recipe_is_called_as_its_file(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/mine.yaml").write_text("model: {image_newline: true}")
+    (tmp_path / "params.yaml").write_text((REPO / "params.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("mine").recipe == "mine"
 
 
 def test_an_unknown_recipe_names_the_nearest():

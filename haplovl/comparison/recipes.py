@@ -26,7 +26,7 @@ def load_recipe(name: str, seed: int | None = None, params: Path = PARAMS_FILE) 
     """params.yaml with what all runs of the comparison change, what the recipe changes, and perhaps another seed.
 
     Raises:
-        SettingsError: no such recipe, or the two do not fit together.
+        SettingsError: no such recipe, its file says another name, or the two do not fit together.
     """
     files = recipe_files()
     if name not in files:
@@ -37,7 +37,11 @@ def load_recipe(name: str, seed: int | None = None, params: Path = PARAMS_FILE) 
     if common := (base.get("compare") or {}).get("changes"):
         base = merge(base, common)
         validate_settings(base, Path(f"{params} (compare.changes)"), Params)
-    merged = merge(base, read_settings(files[name]))
+    own = read_settings(files[name])
+    called = files[name].stem
+    if own.setdefault("recipe", called) != called:
+        raise SettingsError(f"{files[name]}: 'recipe' is {own['recipe']!r}, but the file is called '{called}'")
+    merged = merge(base, own)
     merged = merge(merged, _own_changes(base, name, files))
     if seed is not None:
         merged["seed"] = seed

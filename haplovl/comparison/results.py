@@ -24,9 +24,10 @@ ALL = TOTAL
 class Result:
     """One finished run.
 
-    `correct` [questions] is in the order of the questions' ids, as `kinds` is; `curve` are points of operations spent so far, stage 1 included,
-    and the held-out loss of stage 2 at them; `measured` is what the machine decided (seconds of a step, memory in
-    GiB), empty where the run's own log is gone; `stage1` is what its probe found, empty where nothing was distilled.
+    `correct` [questions] is in the order of the questions' ids, as `kinds` is; `curve` are points of operations spent
+    so far, stage 1 included, and the held-out loss of stage 2 at them; `measured` is what the machine decided (seconds
+    of a step, memory in GiB), empty where the run's own log is gone; `stage1` is what its probe found, empty where
+    nothing was distilled.
     """
 
     run: Run

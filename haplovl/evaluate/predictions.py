@@ -12,7 +12,6 @@ from haplovl.evaluate.questions import Question, checked_kind
 from haplovl.evaluate.scorers import exact_match
 from haplovl.records import read_items
 
-
 MOST = sys.float_info.max
 
 

@@ -48,10 +48,10 @@ class Benchmark:
     Its data: `dataset` on the Hugging Face hub and its `split`; `keeps` tells which of its rows belong here, and
     `published` how many these are. `fields` are the columns that a record must have, `optional` others that are used
     where present, and `columns` all that the published data set has. `tabled` are those of `optional` that its tables
-    hold for every row, where a record alone may leave out what it has not. `check` looks at a record as a whole and ends a
-    sentence like a field's check; `check_all` looks at all of them. `key` is what no two records may share (None: they
-    have no id). `group` joins records that only count together. `pictures` names the columns of a record's pictures in
-    the order they are shown.
+    hold for every row, where a record alone may leave out what it has not. `check` looks at a record as a whole and
+    ends a sentence like a field's check; `check_all` looks at all of them. `key` is what no two records may share
+    (None: they have no id). `group` joins records that only count together. `pictures` names the columns of a record's
+    pictures in the order they are shown.
 
     Its rules: `references` by name, `settle` turns the judgements of single rows into those of the questions they
     belong to, and `headline` is where in the aggregate the figure is that people quote. `max_new_tokens` is lmms-eval's
