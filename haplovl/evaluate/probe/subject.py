@@ -57,9 +57,9 @@ class Subject:
 
 
 def load_subject(root: Path) -> Subject:
-    """Reads models/stage1 and models/teachers below `root`, in float32, onto the GPU if there is one.
+    """Reads models/stage1 and models/teachers below `root`: what stage 1 trains in float32, onto the GPU if there is one.
 
-    Only what stage 1 trains goes there: the language model takes no part.
+    The language model takes no part, and stays in memory as it was saved.
 
     Raises:
         UserError: one of them is missing or damaged.
@@ -69,7 +69,7 @@ def load_subject(root: Path) -> Subject:
     vision = teachers / "vision"
     disable_progress_bar()
     try:
-        model = HaploForConditionalGeneration.from_pretrained(stage1, dtype=torch.float32).eval()
+        model = HaploForConditionalGeneration.from_pretrained(stage1, dtype="auto").eval()
         processor = HaploProcessor.from_pretrained(stage1)
         heads = load_file(require(stage1 / HEADS, "train stage1"), device=str(device))
         with safe_open(stage1 / HEADS, "pt") as file:
@@ -81,7 +81,7 @@ def load_subject(root: Path) -> Subject:
         raise UserError(f"stage 1 or its teacher cannot be loaded: {one_line(error)}") from None
     core = model.model
     for part in (core.image_embedding, core.text_projection, core.pre_decoder, core.get_input_embeddings()):
-        part.to(device)
+        part.to(device, torch.float32)
     return Subject(
         core, processor, teacher, _head(heads, "vision_head"), _head(heads, "text_head"), clip, tokenizer, device,
         None if taught is None else int(taught),
