@@ -40,11 +40,14 @@ def comparison_report(
     group: Annotated[
         list[str] | None, typer.Argument(help="compute, samples, ablations; default: all finished.")
     ] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="Also bring the tables of this Markdown file up to date, between its marks.")
+    ] = None,
 ) -> None:
     """Write reports/comparison/ from the runs that are finished."""
     from haplovl.comparison.report import write_report
 
-    write_report(group)
+    write_report(group, into)
 
 
 @evidence.command()

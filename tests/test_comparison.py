@@ -123,6 +123,22 @@ def test_runs_that_answered_other_questions_are_refused(project):
     assert code == 1 and "were tested on different questions" in said, said
 
 
+def test_tables_of_a_document_are_brought_up_to_date_and_its_words_stay(project):
+    document = Path("results.md")
+    document.write_text("# Found\n\n<!-- tables: compute -->\nold\n<!-- end of tables -->\n\nWords.\n")
+    code, said = report("compute", "--into", "results.md")
+    assert code == 0 and "Its tables are in results.md" in said, said
+    tables = Path("reports/comparison/tables.md").read_text().removeprefix("## Equal compute\n\n")
+    head, foot = "# Found\n\n<!-- tables: compute -->\n", "<!-- end of tables -->\n\nWords.\n"
+    assert document.read_text() == f"{head}{tables}{foot}" and "| `llava` |" in tables
+    document.write_text("<!-- tables: samples -->\n<!-- end of tables -->")
+    code, said = report("compute", "--into", "results.md")
+    assert code == 1 and "results.md wants the tables of 'samples', of which no run is finished" in said, said
+    document.write_text("no marks")
+    code, said = report("compute", "--into", "results.md")
+    assert code == 1 and "results.md has no lines '<!-- tables: compute -->'" in said, said
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

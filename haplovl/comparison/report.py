@@ -14,7 +14,7 @@ from rich.table import Table
 from haplovl.comparison.plots import MOST_SERIES, accuracy_chart, lead_chart, learning_curves, looks, panels
 from haplovl.comparison.results import ALL, TERA, Result, Summary, finished, summarise
 from haplovl.comparison.runs import GROUPS, Run, planned
-from haplovl.comparison.tables import markdown, p_value
+from haplovl.comparison.tables import fill, markdown, p_value
 from haplovl.comparison.terms import objection
 from haplovl.errors import UserError
 from haplovl.evaluate.console import wide_console
@@ -40,13 +40,15 @@ class View:
     """Runs that are finished and not on equal terms, with the reason."""
 
 
-def write_report(groups: Sequence[str] | None = None) -> None:
+def write_report(groups: Sequence[str] | None = None, into: Path | None = None) -> None:
     """Writes reports/comparison/ from the finished runs and prints the summaries.
 
-    `groups` limits it to some of compute, samples and ablations; by default all that have a finished run.
+    `groups` limits it to some of compute, samples and ablations; by default all that have a finished run. `into` is a
+    document with marks for tables (`haplovl.comparison.tables.fill`), which are brought up to date.
 
     Raises:
-        UserError: params.yaml names no comparison, no run is finished, or runs do not belong together.
+        UserError: params.yaml names no comparison, no run is finished, runs do not belong together, or the document
+            lacks marks.
     """
     settings = load_compare()
     if unknown := sorted(set(groups or ()) - set(GROUPS)):
@@ -59,8 +61,8 @@ def write_report(groups: Sequence[str] | None = None) -> None:
         _write_csv(folder / "runs.csv", _once(row for view in views.values() for row in _run_rows(view)))
         _write_csv(folder / "summary.csv", [row for name, view in views.items() for row in _summary_rows(name, view)])
         _write_csv(folder / "curves.csv", _once(row for view in views.values() for row in _curve_rows(view)))
-        tables = [markdown(TITLES[name], view, settings.recipes[0]) for name, view in views.items()]
-        write_whole(folder / "tables.md", "\n".join(tables))
+        tables = {name: markdown(view, settings.recipes[0]) for name, view in views.items()}
+        write_whole(folder / "tables.md", "\n".join(f"## {TITLES[name]}\n\n{own}" for name, own in tables.items()))
         write_whole(folder / "index.html", _page(settings, shown))
     console = wide_console()
     for name, view in views.items():
@@ -68,6 +70,9 @@ def write_report(groups: Sequence[str] | None = None) -> None:
         for line in shown[name].left_out:
             console.print(f"left out: {line}", markup=False)
     console.print(f"The report is {REPORT / 'index.html'}")
+    if into is not None:
+        fill(into, tables)
+        console.print(f"Its tables are in {into}", markup=False)
 
 
 def _once(rows: Iterable[Any]) -> list[Any]:

@@ -1,12 +1,34 @@
 """The comparison's tables as Markdown, for docs/results.md and papers."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from haplovl.comparison.results import ALL, TERA, Summary
+from haplovl.errors import UserError
 from haplovl.evaluate.statistics import Interval
+from haplovl.files import require, write_whole
+
+MARK = re.compile(r"(<!-- tables: (\w+) -->\n).*?(<!-- end of tables -->)", re.DOTALL)
+"""Where a document has a view's tables; what stands between the marks is replaced."""
 
 
-def markdown(title: str, view: Sequence[Summary], reference: str) -> str:
+def fill(path: Path, tables: Mapping[str, str]) -> None:
+    """Puts the tables of views into a document, between its marks for them; words around stay.
+
+    Raises:
+        UserError: there is no such document, it has a mark for none of the views, or for a view that is not there.
+    """
+    text = require(path).read_text(encoding="utf-8")
+    wanted = [match[2] for match in MARK.finditer(text)]
+    if not wanted:
+        raise UserError(f"{path} has no lines '<!-- tables: compute -->' and '<!-- end of tables -->' to write between")
+    if missing := next((name for name in wanted if name not in tables), None):
+        raise UserError(f"{path} wants the tables of '{missing}', of which no run is finished")
+    write_whole(path, MARK.sub(lambda match: f"{match[1]}{tables[match[2]]}{match[3]}", text))
+
+
+def markdown(view: Sequence[Summary], reference: str) -> str:
     """A view's two tables: all questions, with lead and cost; and accuracy by question type."""
     seeds = ", ".join(str(result.run.seed) for result in view[0].results)
     kinds = [kind for kind in view[0].accuracy if kind != ALL]
@@ -28,7 +50,7 @@ def markdown(title: str, view: Sequence[Summary], reference: str) -> str:
         ["recipe", *kinds],
         [[f"`{own.recipe}`", *(_interval(own.accuracy[kind]) for kind in kinds)] for own in view],
     )
-    return f"## {title}\n\n{overall}\n\n{by_kind}\n"
+    return f"{overall}\n\n{by_kind}\n"
 
 
 def _overall(summary: Summary) -> list[str]:

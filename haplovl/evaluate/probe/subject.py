@@ -57,7 +57,7 @@ class Subject:
 
 
 def load_subject(root: Path) -> Subject:
-    """Reads models/stage1 and models/teachers below `root`: what stage 1 trains in float32, onto the GPU if there is one.
+    """Reads models/stage1 and models/teachers below `root`; what stage 1 trains in float32, onto a GPU if there is one.
 
     The language model takes no part, and stays in memory as it was saved.
 
