@@ -101,10 +101,10 @@ def pushed_commit(name: str) -> str:
     origin = git("remote", "get-url", "origin").strip()
     if not origin:
         raise UserError("rented nodes fetch the code from git's remote 'origin', which there is none of")
-    if re.search(r"://[^/@\s]*:[^/@\s]*@", origin):
+    if re.search(r"^https?://[^/@\s]+@|://[^/@\s]*:[^/@\s]*@", origin):
         raise UserError(
-            "the address of origin holds a password, which logs of rented nodes would show; take it out, and give the "
-            "nodes HAPLOVL_GIT_TOKEN as infra/sky/README.md says"
+            "the address of origin holds a password or token, which logs of rented nodes would show; take it out, and "
+            "give the nodes HAPLOVL_GIT_TOKEN as infra/sky/README.md says"
         )
     changed = [line[3:] for line in git("status", "--porcelain", "--", *DECIDE, *code).splitlines()]
     if changed:

@@ -41,6 +41,8 @@ class SourceSettings(Strict):
     """Factor on the stages' mixture weights for this source's records."""
     near_duplicates: Annotated[int, Field(ge=0, le=16)] | None = None
     """Largest distance of two perceptual hashes, in bits, that counts as one picture; not looked for by default."""
+    damaged_files: Literal["refuse", "keep"] = "refuse"
+    """What becomes of a file that cannot be read to its end: `keep` takes the entries before the damage."""
 
 
 class ScenesSource(SourceSettings):
@@ -115,7 +117,9 @@ class WebdatasetSource(SourceSettings):
     """What a caption answers; the picture alone by default."""
 
 
-Role = Literal["id", "image", "conversations", "texts", "question", "answer", "caption"]
+Role = Literal["id", "image", "conversations", "texts", "question", "answer", "caption", "split"]
+EVERY = ["**/*.parquet"]
+"""Files that a source of the Hub takes where it names none."""
 
 
 class TableSource(SourceSettings):
@@ -150,8 +154,8 @@ class HubSource(TableSource):
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     """Full commit hash: what is collected must not change."""
     folder: str | None = None
-    files: list[str] = Field(default=["**/*.parquet"], min_length=1)
-    """Patterns of the files inside."""
+    files: list[str] = Field(default=EVERY, min_length=1)
+    """Patterns of the files inside; must be named where some are of a validation or test split."""
 
     @model_validator(mode="after")
     def _one_place(self) -> "HubSource":

@@ -141,7 +141,8 @@ class RawItem:
     """One entry of a source: its data, or the error that stands in its place.
 
     `file` is the annotation file or archive that holds it; `position` is the 1-based line (JSONL) or the 0-based index
-    (everything else). Beside an error, `raw` holds the beginning of the text that could not be read.
+    (everything else). Beside an error, `raw` holds the beginning of the text that could not be read, and `cut` says
+    that all that follows in the file is lost with it.
     """
 
     file: str
@@ -150,6 +151,7 @@ class RawItem:
     error: str = ""
     raw: str = ""
     source: str = ""
+    cut: bool = False
 
 
 RAW_LIMIT = 10_000
@@ -236,7 +238,9 @@ def _read_json(path: Path) -> Iterator[RawItem]:
         if text.peek() != "[":
             what = "the file is empty; it" if not text.peek() else "the file"
             hint = "; records line by line belong into a .jsonl file" if text.peek() == "{" else ""
-            yield RawItem(path.name, 0, error=f"{what} must hold a JSON list of records{hint}", raw=text.shown())
+            yield RawItem(
+                path.name, 0, error=f"{what} must hold a JSON list of records{hint}", raw=text.shown(), cut=True
+            )
             return
         text.take()
         index, opening = 0, None
@@ -258,7 +262,7 @@ def _read_json(path: Path) -> Iterator[RawItem]:
                 raw = raw if broken else text.shown()
                 lost, ended = text.skip_to(opening, skip_here=bool(broken))
                 if error := _damage(broken, lost, ended):
-                    yield RawItem(path.name, index, error=error, raw=raw)
+                    yield RawItem(path.name, index, error=error, raw=raw, cut=ended)
                     index += 1
                 if ended:
                     return

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from haplovl.data.media import SKIPPED
-from haplovl.data.sources import ADAPTERS, SOURCES_FILE, Collected, entries, id_hash, read_entries
+from haplovl.data.sources import ADAPTERS, SOURCES_FILE, Collected, id_hash, read_entries
 from haplovl.data.sources.common import ANNOTATIONS, Bringing
 from haplovl.data_settings import SourceSettings
+from haplovl.errors import UserError
 from haplovl.files import RAW, whole_folder, write_json
 from haplovl.pictures import ImageError
 from haplovl.records import RecordError, parse_record
@@ -23,7 +24,7 @@ def collect(params: Params, root: Path = RAW) -> None:
     """Brings every source into `root`, which appears only when all of it is there.
 
     Raises:
-        UserError: a source cannot be read.
+        UserError: a source cannot be read, or a file not to its end.
         OSError: the output cannot be written (disk full).
     """
     sources = params.collect.sources
@@ -49,7 +50,14 @@ def _bring(settings: SourceSettings, seed: int, raw: Path) -> Collected:
     source = Collected(settings, 0, 0, 0, _sample_below(bringing.folder, settings), tuple(bringing.files))
     records = images = 0
     seen = _Seen()
-    for item in entries(raw, source):
+    for item in read_entries(bringing.folder, settings):
+        if item.cut and settings.damaged_files == "refuse":
+            raise UserError(
+                f"{item.file} of the source {settings.name} is unusable from entry {item.position} on: {item.error}; "
+                "bring the file whole, or set 'damaged_files: keep' for this source, and what follows will be missing"
+            )
+        if not source.takes(item):
+            continue
         records += 1
         for ref in _images_of(item.data):
             if not seen.add(ref):

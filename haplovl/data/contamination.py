@@ -39,13 +39,13 @@ class Benchmarks:
         """Takes in every picture, .json, .jsonl and .parquet file below a folder; what cannot be read is counted.
 
         Raises:
-            UserError: there is no such folder.
+            UserError: there is no such folder, or nothing in it can be read, which would look like no overlap.
         """
         if not folder.is_dir():
             raise UserError(f"the evaluation set {folder} (validate.benchmarks) is no folder")
         count = {"pictures": 0, "questions": 0, "unreadable": 0}
         pictures = []
-        for path in sorted(folder.rglob("*")):
+        for path in _files_below(folder):
             suffix = path.suffix.lower()
             if suffix in PICTURES and path.is_file():
                 pictures.append(path)
@@ -55,6 +55,11 @@ class Benchmarks:
                 self._add_parquet(path, count)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
             self._add_pictures(pool.map(self._read_picture, pictures), count)
+        if not count["pictures"] and not count["questions"]:
+            raise UserError(
+                f"the evaluation set {folder} (validate.benchmarks) holds neither a picture nor a question that can be "
+                "read: pictures, .json, .jsonl and .parquet are, tables of text and archives are not"
+            )
         self.counts[folder.as_posix()] = count
 
     def look_array(self) -> np.ndarray:
@@ -107,6 +112,16 @@ class Benchmarks:
                     self._add_pictures((self._look_at(data) for row in rows for data in _embedded(row)), count)
         except (pa.ArrowException, OSError):
             count["unreadable"] += 1
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All files below a folder, sorted; links to folders are followed, each folder once."""
+    found, known = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in known]
+        known |= {os.path.realpath(os.path.join(place, name)) for name in folders}
+        found += [Path(place) / name for name in names]
+    return sorted(found)
 
 
 def _objects(path: Path) -> Iterator[Any]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from haplovl.data.validated import ImageFile, ValidatedRecord, read_validated
@@ -38,11 +38,22 @@ def held_out_questions(per_type: int, folder: Path = VALIDATED, split: str = "te
 
     Returns questions sorted by kind and id; the choice depends on nothing but the records and `per_type`.
     """
+    questions = [question for item in read_validated(folder=folder, split=split) for question in questions_of(item)]
     by_kind: dict[str, list[Question]] = defaultdict(list)
-    for item in read_validated(folder=folder, split=split):
-        for question in questions_of(item):
-            by_kind[question.kind].append(question)
+    for question in _told_apart(questions):
+        by_kind[question.kind].append(question)
     return [question for kind in sorted(by_kind) for question in balanced(by_kind[kind], per_type)]
+
+
+def _told_apart(questions: list[Question]) -> list[Question]:
+    """The questions, with their source in the ids that several sources use: ids are unique within one only."""
+    sources: dict[str, set[str]] = defaultdict(set)
+    for question in questions:
+        sources[question.id].add(question.source)
+    return [
+        replace(question, id=f"{question.source}/{question.id}") if len(sources[question.id]) > 1 else question
+        for question in questions
+    ]
 
 
 def questions_of(item: ValidatedRecord) -> list[Question]:

@@ -160,6 +160,21 @@ def test_a_missing_evaluation_set_is_no_empty_one(check) -> None:
         check([record("a")], benchmarks=["nowhere"])
 
 
+def test_an_evaluation_set_of_which_nothing_can_be_read_is_no_evidence(check, tmp_path) -> None:
+    bench, elsewhere = tmp_path / "bench", tmp_path / "coco"
+    bench.mkdir()
+    elsewhere.mkdir()
+    (bench / "mmbench.tsv").write_text("index\tquestion\n1\tWhat?\n")
+    with pytest.raises(UserError, match="bench .* holds neither a picture nor a question that can be read"):
+        check([record("a")], benchmarks=[str(bench)])
+    (elsewhere / "seen.jpg").write_bytes(photograph(1))
+    (bench / "val2014").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(bench)
+    outcome = check([record("a"), record("copy.jpg", "copy.jpg")], {"copy.jpg": photograph(1)}, benchmarks=[str(bench)])
+    assert outcome.metrics["benchmarks"]["sets"][bench.as_posix()]["pictures"] == 1
+    assert set(outcome.reasons) == {"copy.jpg"}
+
+
 # --- drift -----------------------------------------------------------------------------------------------------------
 def many(words: list[str], count: int = 60, size: int = 100) -> tuple[list[dict], dict[str, bytes]]:
     random = np.random.default_rng(0)

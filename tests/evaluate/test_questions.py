@@ -1,6 +1,7 @@
 """Questions are fresh, hold no caption, and are balanced over their answers."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,15 @@ def test_every_turn_is_a_question_of_its_own_without_the_caption() -> None:
         ("r#2", "presence", "Is there a 4?", "no"),
     ]
     assert all(q.images == (PICTURE,) and "<image>" not in q.question for q in questions)
+
+
+def test_records_of_two_sources_with_one_id_are_two_questions(tmp_path) -> None:
+    records = [
+        replace(validated(id_, SCENE_TURNS[1:2]), source=name) for name in ("shop", "street") for id_ in ("1", name)
+    ]
+    write_validated(tmp_path, records)
+    found = held_out_questions(10, tmp_path)
+    assert sorted(q.id for q in found) == ["shop#0", "shop/1#0", "street#0", "street/1#0"]
 
 
 def test_placeholders_leave_the_text_wherever_they_stand() -> None:

@@ -105,7 +105,7 @@ def test_a_commit_that_is_not_on_origin_is_refused(project):
 
 
 def test_a_project_without_remotes_is_refused(project):
-    git(project, "remote", "set-url", "origin", "https://me:secret@example.org/x.git")
+    git(project, "remote", "set-url", "origin", "https://ghp_secret@example.org/x.git")
     with pytest.raises(UserError, match="address of origin holds a password"):
         sky.pushed_commit("stage1")
     git(project, "remote", "remove", "origin")

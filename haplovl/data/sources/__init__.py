@@ -53,6 +53,10 @@ class Collected:
     def name(self) -> str:
         return self.settings.name
 
+    def takes(self, item: RawItem) -> bool:
+        """Whether an entry is in the source's sample."""
+        return self.sample_below is None or id_hash(item) < self.sample_below
+
     def to_json(self) -> dict[str, Any]:
         """The source as an element of sources.json; its weight, which brings no other bytes, is left out."""
         settings = self.settings.model_dump(mode="json", exclude={"weight"})
@@ -89,7 +93,7 @@ def entries(raw: Path, source: Collected) -> Iterator[RawItem]:
     Images are references that `haplovl.data.media` resolves. Entries outside the source's sample are left out.
     """
     for item in read_entries(raw / source.name, source.settings):
-        if source.sample_below is None or id_hash(item) < source.sample_below:
+        if source.takes(item):
             yield item
 
 

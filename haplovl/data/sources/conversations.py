@@ -8,6 +8,7 @@ What fits none of them is left as it is: the record's parser names the fault.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from haplovl.records import IMAGE_PLACEHOLDER, RawItem
@@ -47,7 +48,7 @@ def as_llava(item: RawItem) -> RawItem:
 def id_of(item: RawItem) -> Any:
     """The entry's own id, else the name of its file and its position."""
     found = [item.data[name] for name in IDS if item.data.get(name) is not None]
-    return found[0] if found else f"{item.file.partition('.')[0]}-{item.position}"
+    return found[0] if found else f"{Path(item.file).stem}-{item.position}"
 
 
 def mark_caption(item: RawItem) -> RawItem:

@@ -68,7 +68,8 @@ def entries(folder: Path, settings: InterleavedSource) -> Iterator[RawItem]:
                 continue
             shown = [(places.ref(part), "") if is_image else ("", part) for is_image, part in parts]
             talk, images = _conversation([part for part in shown if part[0] not in skipped])
-            yield replace(item, data={"id": id_of(item), "image": images, "conversations": talk})
+            split = {"split": item.data["split"]} if item.data.get("split") is not None else {}
+            yield replace(item, data={"id": id_of(item), "image": images, "conversations": talk, **split})
 
 
 def _documents(path: Path) -> Iterator[RawItem]:
@@ -79,12 +80,13 @@ def _documents(path: Path) -> Iterator[RawItem]:
     position = 0
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
-            for batch in file.iter_batches(ROWS, columns=["images", "texts"]):
+            columns = ["images", "texts", *({"split"} & set(file.schema_arrow.names))]
+            for batch in file.iter_batches(ROWS, columns=columns):
                 for row in batch.to_pylist():
                     yield RawItem(path.name, position, data=row)
                     position += 1
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        yield RawItem(path.name, position, error=f"the table is damaged: {' '.join(str(error).split())}")
+        yield RawItem(path.name, position, error=f"the table is damaged: {' '.join(str(error).split())}", cut=True)
 
 
 def _skipped(path: Path) -> set[str]:

@@ -6,7 +6,9 @@ llava_v1_5_mix665k.json (the same; its text-only records have `model` and no `im
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from haplovl.data.sources.common import (
     Bringing,
@@ -44,5 +46,14 @@ def entries(folder: Path, settings: LlavaSource) -> Iterator[RawItem]:
     places = ImagePlaces(settings.images)
     for path in annotation_files(folder, settings.annotations):
         for item in read_items(path):
+            if isinstance(item.data, dict) and _shows_a_video_alone(item.data):
+                error = "the record names a video, but the format llava is for pictures; see the format video"
+                yield replace(item, data=None, error=error, raw=str(item.data)[:1000])
+                continue
             adapted = with_refs(as_llava(item), places.ref)
             yield mark_caption(adapted) if settings.captions else adapted
+
+
+def _shows_a_video_alone(data: dict[str, Any]) -> bool:
+    """Without its video such a record would teach answers to what is not shown."""
+    return any(data.get(name) for name in ("video", "videos")) and not any(data.get(n) for n in ("image", "images"))

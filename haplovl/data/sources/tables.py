@@ -6,6 +6,7 @@ Read as published: LLaVA-OneVision-Data (`id`, `image` of bytes and path, `conve
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from haplovl.data.media import MEDIA
 from haplovl.data.sources.common import Bringing, check_folder, matching_files, media_files, unique_names
 from haplovl.data.sources.conversations import as_llava
-from haplovl.data_settings import HubSource, ParquetSource
+from haplovl.data_settings import EVERY, HubSource, ParquetSource
 from haplovl.errors import UserError
 from haplovl.pictures import ImageError
 from haplovl.records import IMAGE_PLACEHOLDER, RawItem
@@ -30,8 +31,11 @@ COLUMNS = {
     "question": ("question",),
     "answer": ("answer",),
     "caption": ("caption", "text"),
+    "split": ("split",),
 }
 """What a column may be, and the names under which it is looked for."""
+WAYS = ({"conversations"}, {"texts"}, {"question", "answer"}, {"caption"})
+"""Roles that tell a conversation; one of these is enough."""
 TEXTS = ("question", "answer", "caption")
 ROWS, ROWS_WITH_BYTES = 1024, 16
 """Rows that are read at a time, without and with pictures among the columns."""
@@ -69,6 +73,11 @@ def _bring_hub(settings: HubSource, bringing: Bringing) -> None:
                 f"the source {settings.name} has no Parquet file that fits {', '.join(settings.files)} (a folder of "
                 "datasets' save_to_disk becomes one by load_from_disk(FOLDER).to_parquet(FILE))"
             )
+        if settings.files == EVERY and (held := next((name for name in names if _held_out(name)), None)):
+            raise UserError(
+                f"the source {settings.name} holds {held.removeprefix(f'{root}/')}, which is not of a training split; "
+                "name the files to take in 'files', such as ['**/train*.parquet']"
+            )
         for number, name in enumerate(names):
             with system.open(name, "rb") as file:
                 bringing.copy(file, f"{MEDIA}/part-{number:05d}.parquet", origin=name.removeprefix(f"{root}/"))
@@ -77,6 +86,12 @@ def _bring_hub(settings: HubSource, bringing: Bringing) -> None:
         if isinstance(error, UserError) or not settings.id:
             raise
         raise UserError(f"{settings.id} cannot be read from the Hub: {' '.join(str(error).split())}") from None
+
+
+def _held_out(name: str) -> bool:
+    """Whether a file's name or folder says that it is of a validation or test split, as data sets on the Hub do."""
+    words = (re.split(r"[-_.]", part.lower())[0] for part in name.split("/"))
+    return any(word in ("validation", "val", "valid", "dev", "test", "testdev") for word in words)
 
 
 def _file_system(settings: HubSource) -> tuple[Any, str]:
@@ -105,7 +120,7 @@ def entries(folder: Path, settings: ParquetSource | HubSource) -> Iterator[RawIt
                 position = item.position + 1
                 yield item
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            yield RawItem(path.name, position, error=f"the table is damaged: {' '.join(str(error).split())}")
+            yield RawItem(path.name, position, error=f"the table is damaged: {' '.join(str(error).split())}", cut=True)
 
 
 def _rows(path: Path, settings: ParquetSource | HubSource) -> Iterator[RawItem]:
@@ -115,7 +130,9 @@ def _rows(path: Path, settings: ParquetSource | HubSource) -> Iterator[RawItem]:
         lacking = sorted(set(settings.columns.values()) - present)
         if lacking or not names.keys() & {"conversations", "texts", "answer", "caption"}:
             what = f"no column '{lacking[0]}'" if lacking else "no conversation, answer or caption"
-            yield RawItem(path.name, 0, error=f"the table has {what}; its columns: {', '.join(sorted(present))}")
+            yield RawItem(
+                path.name, 0, error=f"the table has {what}; its columns: {', '.join(sorted(present))}", cut=True
+            )
             return
         leaves = [file.schema.column(i).path for i in range(len(file.schema))]
         light = [leaf for leaf in leaves if leaf.startswith(f"{names.get('image')}.") and not leaf.endswith(".bytes")]
@@ -133,7 +150,11 @@ def _rows(path: Path, settings: ParquetSource | HubSource) -> Iterator[RawItem]:
 def _columns(present: set[str], chosen: dict[str, str]) -> dict[str, str]:
     """The column of every role that the table has: the chosen one, else one of a usual name."""
     names = dict(chosen)
+    wanted = [way for way in WAYS if way & chosen.keys()]
+    others = set().union(*WAYS).difference(*wanted) if wanted else set()  # who names a caption wants no answer
     for role, usual in COLUMNS.items():
+        if role in others:
+            continue
         found = next((name for name in usual if name in present), None)
         if role not in names and found is not None and found not in names.values():
             names[role] = found
@@ -142,6 +163,8 @@ def _columns(present: set[str], chosen: dict[str, str]) -> dict[str, str]:
 
 def _adapt(item: RawItem, row: dict[str, Any], names: dict[str, str], prompt: str) -> RawItem:
     data: dict[str, Any] = {} if row.get("id") is None else {"id": row["id"]}
+    if row.get("split") is not None:
+        data["split"] = row["split"]
     image = row.get("image")
     if image is not None:
         ref = f"parquet:{item.file}!{item.position}!{names['image']}"

@@ -38,8 +38,13 @@ def entries(folder: Path, settings: AlpacaSource | ShareGptSource) -> Iterator[R
     adapt = _sharegpt if settings.format == "sharegpt" else _alpaca(settings.instruction)
     for path in annotation_files(folder, settings.annotations):
         for item in read_items(path):
-            if isinstance(item.data, dict) and (item.data.get("image") or item.data.get("images")):
-                error = f"the record names an image, but the format {settings.format} is for text; see the format llava"
+            media = ("image", "images", "video", "videos")
+            named = next((name for name in media if isinstance(item.data, dict) and item.data.get(name)), None)
+            if named:
+                what, format_ = ("a video", "video") if named.startswith("video") else ("an image", "llava")
+                error = (
+                    f"the record names {what}, but the format {settings.format} is for text; see the format {format_}"
+                )
                 yield replace(item, data=None, error=error, raw=str(item.data)[:1000])
             else:
                 yield adapt(item) if isinstance(item.data, dict) else item
@@ -67,7 +72,8 @@ def _alpaca(instruction: str) -> Callable[[RawItem], RawItem]:
             wrong = missing[0] if missing else "input"
             return replace(item, data=None, error=f"'{wrong}' must be a string", raw=str(data)[:1000])
         talk = _talk(instruction, data["instruction"], data.get("input") or "", data["output"])
-        return replace(item, data={"id": id_of(item), "conversations": talk})
+        split = {"split": data["split"]} if data.get("split") is not None else {}
+        return replace(item, data={"id": id_of(item), "conversations": talk, **split})
 
     return adapt
 

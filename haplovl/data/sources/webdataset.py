@@ -48,7 +48,7 @@ def entries(folder: Path, settings: WebdatasetSource) -> Iterator[RawItem]:
                 yield _sample(RawItem(path.name, position), key, list(members), settings.prompt)
                 position += 1
         except ArchiveError as error:
-            yield RawItem(path.name, position, error=str(error))
+            yield RawItem(path.name, position, error=str(error), cut=True)
 
 
 def _files(path: Path) -> Iterator[tuple[str, str, str, str | None]]:
@@ -77,8 +77,10 @@ def _sample(item: RawItem, key: str, members: list[tuple[str, str, str, str | No
         return replace(item, error=f"the sample '{key:.100}' has no picture", raw=str(sorted(files))[:1000])
     data: dict[str, Any] = {"id": f"{item.file.removesuffix('.tar')}/{key}", "image": f"tar:{item.file}!{shown}"}
     if isinstance(about, dict) and ("conversations" in about or "messages" in about):
-        talk = as_llava(replace(item, data=about)).data["conversations"]
-        return replace(item, data={**data, "conversations": talk})
+        adapted = as_llava(replace(item, data=about)).data
+        return replace(
+            item, data={**data, **{name: adapted[name] for name in adapted.keys() & {"conversations", "split"}}}
+        )
     caption = next((files[ending][1] for ending in ("txt", "caption") if ending in files), None)
     if caption is None and isinstance(about, dict):
         caption = about.get("caption")
@@ -86,4 +88,5 @@ def _sample(item: RawItem, key: str, members: list[tuple[str, str, str, str | No
         return replace(item, error=f"the sample '{key:.100}' has no caption", raw=str(sorted(files))[:1000])
     question = f"{IMAGE_PLACEHOLDER}\n{prompt}" if prompt else IMAGE_PLACEHOLDER
     talk = [{"from": "human", "value": question, "kind": "caption"}, {"from": "gpt", "value": caption.strip()}]
-    return replace(item, data={**data, "conversations": talk})
+    split = {"split": about["split"]} if isinstance(about, dict) and about.get("split") is not None else {}
+    return replace(item, data={**data, **split, "conversations": talk})

@@ -7,6 +7,8 @@ from io import BytesIO
 
 import pytest
 
+from haplovl.errors import UserError
+
 LLAVA_558K = [
     {
         "id": "004539375",
@@ -189,18 +191,58 @@ def test_sharegpt_and_dolphin_and_alpaca(tmp_path, collected) -> None:
     own = collected(format="sharegpt", annotations=[write(tmp_path / "llava.json", sharegpt)])
     assert own.errors[0] == "the record names an image, but the format sharegpt is for text; see the format llava"
     assert not own.errors[1]
+    sharegpt[1]["video"] = "a.mp4"
+    own = collected(format="sharegpt", annotations=[write(tmp_path / "llava.json", sharegpt)])
+    assert own.errors[1] == "the record names a video, but the format sharegpt is for text; see the format video"
+
+
+def test_a_record_of_a_video_is_no_text(tmp_path, collected, picture) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(1))
+    talk = [{"from": "human", "value": "<video>\nWhat happens?"}, {"from": "gpt", "value": "A man falls."}]
+    frames = [{"from": "human", "value": "<image>\nWhat happens?"}, {"from": "gpt", "value": "A man falls."}]
+    records = [
+        {"id": "v", "video": "x.mp4", "conversations": talk},
+        {"id": "frames", "video": "x.mp4", "image": ["a.jpg"], "conversations": frames},
+    ]
+    own = collected(format="llava", annotations=[write(tmp_path / "v.json", records)], images=str(tmp_path))
+    assert own.errors == ["the record names a video, but the format llava is for pictures; see the format video", ""]
+
+
+def test_a_list_that_was_cut_off_stops_the_collection(tmp_path, collected) -> None:
+    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    path = tmp_path / "half.json"
+    path.write_text(json.dumps([{"id": f"r{i}", "conversations": talk} for i in range(100)])[:4000])
+    with pytest.raises(
+        UserError, match=r"half.json of the source own is unusable from entry \d+ on: not valid JSON from"
+    ):
+        collected(format="llava", annotations=[str(path)], sample=2)
+    assert not (tmp_path / "raw").exists()
+    own = collected(format="llava", annotations=[str(path)], damaged_files="keep")
+    assert len(own.records) > 30 and own.errors[-1].startswith("not valid JSON from here to the end of the file")
+    path.write_text(json.dumps({"data": []}))
+    with pytest.raises(UserError, match="the file must hold a JSON list of records"):
+        collected(format="llava", annotations=[str(path)])
+
+
+def test_ids_that_are_made_up_differ_between_files(tmp_path, collected) -> None:
+    talk = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    files = [write(tmp_path / f"train.v{number}.jsonl", [talk]) for number in (1, 2)]
+    ids = [record.id for record in collected(format="sharegpt", annotations=files).records]
+    assert ids == ["train.v1-1", "train.v2-1"]
 
 
 def test_alpaca_and_dolphin(tmp_path, collected) -> None:
     rows = [
         {"instruction": "Give three tips for staying healthy.", "input": "", "output": "1. Eat well."},
-        {"instruction": "Identify the odd one out.", "input": "Twitter, Instagram, Telegram", "output": "Telegram"},
+        {"instruction": "Identify the odd one out.", "input": "Twitter, Instagram, Telegram", "output": "Telegram"}
+        | {"split": "test"},
         {"instruction": 3, "input": "", "output": "x"},
     ]
     own = collected(format="alpaca", annotations=[write(tmp_path / "alpaca_data.json", rows)])
     questions = [record.turns[0].question for record in own.records[:2]]
     assert questions == [rows[0]["instruction"], "Identify the odd one out.\nTwitter, Instagram, Telegram"]
     assert [record.id for record in own.records[:2]] == ["alpaca_data-0", "alpaca_data-1"]
+    assert [record.split for record in own.records[:2]] == ["", "test"]
     assert own.errors[2] == "'instruction' must be a string"
 
     dolphin = [{"instruction": "You are an AI assistant.", "input": "Is it?", "output": "Yes."}]

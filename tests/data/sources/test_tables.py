@@ -77,6 +77,22 @@ def test_captions_and_questions_in_columns_of_any_name(tmp_path, collected, pict
     assert own.records[0].turns[0].question == "<image>\nQ?"
 
 
+def test_who_names_a_column_of_text_gets_no_other_one(tmp_path, collected, picture) -> None:
+    talk = [{"from": "human", "value": "<image>\nTalk?"}, {"from": "gpt", "value": "No."}]
+    row = {"image": {"bytes": picture(1)}, "conversations": talk, "question": "q?", "answer": "yes", "caption": "a cat"}
+    path = write(tmp_path / "a.parquet", [row])
+    for columns, answer in (({}, "No."), ({"caption": "caption"}, "a cat"), ({"answer": "answer"}, "yes")):
+        assert collected(format="parquet", files=[path], columns=columns).records[0].turns[0].answer == answer
+
+
+def test_a_column_of_splits_is_heard(tmp_path, collected, picture) -> None:
+    row = {"image": {"bytes": picture(1)}, "question": "q?", "answer": "yes"}
+    path = write(tmp_path / "a.parquet", [{**row, "split": "test"}, {**row, "split": None}, {**row, "split": "dev"}])
+    own = collected(format="parquet", files=[path])
+    assert [record.split for record in own.records[:2]] == ["test", ""]
+    assert own.errors[2] == "'split' must be one of train, validation, test, found 'dev'"
+
+
 def test_mixed_up_columns_are_named(tmp_path, collected, picture) -> None:
     path = write(tmp_path / "a.parquet", [{"photo": picture(5), "asked": "Q?", "answered": "A."}])
     own = collected(format="parquet", files=[path], columns={"image": "asked", "answer": "photo"})
@@ -97,6 +113,10 @@ def test_a_folder_in_the_layout_of_the_hub(tmp_path, collected, picture) -> None
     assert own.source.files[0]["origin"] == "data/train-00000-of-00001.parquet"
     with pytest.raises(UserError, match=r"no Parquet file that fits data/none.*to_parquet"):
         collected(format="hub", folder=str(tmp_path / "hub"), files=["data/none-*.parquet"])
+    with pytest.raises(
+        UserError, match=r"own holds data/test-00000-of-00001.parquet, .* name the files to take in 'files'"
+    ):
+        collected(format="hub", folder=str(tmp_path / "hub"))
 
 
 def test_the_hub_is_asked_for_the_pinned_revision(tmp_path, collected, picture, monkeypatch) -> None:
@@ -133,7 +153,11 @@ def test_damaged_tables_are_errors_beside_the_good_ones(tmp_path, collected, pic
     (tmp_path / "a.parquet").write_bytes(Path(good).read_bytes()[:-40])
     (tmp_path / "b.parquet").write_bytes(b"not a table")
     write(tmp_path / "d.parquet", [{"number": 1}])
-    own = collected(format="parquet", files=[str(tmp_path / "*.parquet")])
+    with pytest.raises(
+        UserError, match="a.parquet of the source own is unusable from entry 0 on: the table is damaged"
+    ):
+        collected(format="parquet", files=[str(tmp_path / "*.parquet")])
+    own = collected(format="parquet", files=[str(tmp_path / "*.parquet")], damaged_files="keep")
     found = {item.file: error for item, error in zip(own.items, own.errors, strict=True) if error}
     assert set(found) == {"a.parquet", "b.parquet", "d.parquet"}
     assert "damaged" in found["a.parquet"] and "no conversation" in found["d.parquet"]
@@ -146,7 +170,7 @@ def test_a_table_damaged_inside_keeps_what_is_before(tmp_path, collected, pictur
     start = pq.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
     data[start : start + 60] = b"\xff" * 60
     (tmp_path / "a.parquet").write_bytes(data)
-    own = collected(format="parquet", files=[path])
+    own = collected(format="parquet", files=[path], damaged_files="keep")
     assert [error for error in own.errors if error] and "damaged" in own.errors[-1]
 
 

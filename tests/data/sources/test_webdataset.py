@@ -5,6 +5,10 @@ import json
 import tarfile
 from pathlib import Path
 
+import pytest
+
+from haplovl.errors import UserError
+
 CAPTION = "a river has burst it 's banks and has spread out onto arable farmland alongside"
 
 
@@ -40,17 +44,21 @@ def test_cc3m(tmp_path, collected, picture) -> None:
 
 
 def test_conversations_and_folders_and_captions_in_json(tmp_path, collected, picture) -> None:
-    talk = {"messages": [{"role": "user", "content": "<image>\nQ?"}, {"role": "assistant", "content": "A."}]}
+    talk = {
+        "split": "validation",
+        "messages": [{"role": "user", "content": "<image>\nQ?"}, {"role": "assistant", "content": "A."}],
+    }
     members = [
         ("./part/a.png", picture(1, kind="PNG")),
         ("./part/a.json", json.dumps(talk).encode()),
         ("./part/b.PNG", picture(2, kind="PNG")),
-        ("./part/b.json", b'{"caption": "b"}'),
+        ("./part/b.json", b'{"caption": "b", "split": "test"}'),
     ]
     own = collected(format="webdataset", files=[write(tmp_path / "a.tar", members)], prompt="Describe it.")
     assert own.records[0].turns[0].answer == "A."
     assert own.pictures(0) == [picture(1, kind="PNG")]
     assert own.records[1].turns[0].question == "<image>\nDescribe it."
+    assert [record.split for record in own.records] == ["validation", "test"]
     assert own.pictures(1) == [picture(2, kind="PNG")]
 
 
@@ -90,7 +98,11 @@ def test_damaged_tars(tmp_path, collected, picture) -> None:
     (tmp_path / "broken.tar").write_bytes(broken)
     (tmp_path / "none.tar").write_bytes(b"x" * 5000)
     (tmp_path / "empty.tar").write_bytes(b"")
-    own = collected(format="webdataset", files=[str(tmp_path / "*.tar")])
+    with pytest.raises(
+        UserError, match="broken.tar of the source own is unusable from entry 1 on: the archive is damaged"
+    ):
+        collected(format="webdataset", files=[str(tmp_path / "*.tar")])
+    own = collected(format="webdataset", files=[str(tmp_path / "*.tar")], damaged_files="keep")
     errors = {item.file: error for item, error in zip(own.items, own.errors, strict=True) if error}
     assert set(errors) == {"cut.tar", "broken.tar", "none.tar", "empty.tar"}
     assert {f"tar:{name}" for name in errors} <= set(own.skipped)
