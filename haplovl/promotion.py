@@ -16,7 +16,7 @@ from haplovl.evaluate.predictions import Side, read_predictions, require_same_qu
 from haplovl.evaluate.statistics import SIGNIFICANT, Difference, holm, paired_difference
 from haplovl.files import CANDIDATE, REPORTS, STAGE2, read_json, whole_folder
 from haplovl.publish import with_identity
-from haplovl.revisions import commit_of, fetch, git
+from haplovl.revisions import commit_of, fetch, git, versions_of
 
 PROD = "prod"
 PREDICTIONS = REPORTS / "evaluation" / "predictions.jsonl"
@@ -52,13 +52,10 @@ def registered(name: str) -> list[Version]:
     Raises:
         UserError: git is not installed.
     """
-    taken_back = {tag.split("!")[0] for tag in _tags(f"{name}@*!*")}
-    tags = [tag for tag in _tags(f"{name}@v*") if "!" not in tag and tag not in taken_back]
     current = {stage: path[-1] for stage in _stages(name) if (path := _path_to(name, stage))}
     return [
         Version(version, commit_of(tag), tuple(sorted(stage for stage, held in current.items() if held == version)))
-        for tag in tags
-        for version in [tag.removeprefix(f"{name}@")]
+        for version, tag in versions_of(name).items()
     ]
 
 

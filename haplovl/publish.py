@@ -6,7 +6,7 @@ candidate takes a fraction of a second.
 
 import os
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from haplovl.errors import UserError
 from haplovl.files import CANDIDATE, RUNS, STAGE2, read_json, require, sha256_of, write_json
 from haplovl.lineage import RECORD, wandb_id, write_record
 from haplovl.redaction import without_secrets
-from haplovl.revisions import LOCK, hashes, lock_of, stages_in
+from haplovl.revisions import LOCK, dir_hash, hashes, lock_of, next_version, stages_in, versions_of
 from haplovl.settings import Params
 from haplovl.tracking import start_wandb, wandb_mode
 from haplovl.wandb_registry import link
@@ -50,27 +50,37 @@ def publish(params: Params) -> PublishResult:
     """Publishes the candidate; an unchanged one makes no new version, one that fails its gate makes none at all.
 
     Raises:
-        UserError: no git repository, no dvc.lock, no candidate, or git refuses.
+        UserError: no git repository, no dvc.lock, no candidate, candidate or model are not those that dvc.lock records,
+            or git refuses.
     """
     if not _git("rev-parse", "--is-inside-work-tree", check=False):
         raise UserError("publish needs a git repository, and this folder is in none")
     if not Path(LOCK).is_file():
         raise UserError(f"{LOCK} is missing; run 'dvc repro' first")
     name = params.register_.name
+    stages = stages_in(Path(LOCK).read_text(encoding="utf-8"))
+    candidate = _candidate_hash(stages)
     gate = read_json(require(CANDIDATE / "candidate.json", "register"))["gate"]
+    _require_recorded(CANDIDATE, candidate)
     if not gate["passed"]:
         return _finish(PublishResult(version=None, reasons=gate["reasons"]))
 
     result = PublishResult(version=None, dirty=_dirty_files())
     if result.dirty:
         print(f"the tree is dirty; the commit will not hold: {', '.join(result.dirty)}")
-    candidate = _candidate_hash(stages_in(Path(LOCK).read_text(encoding="utf-8")))
-    result.version = _registered_version(name, candidate)
+    result.version = _version_of(candidate, versions_of(name))
+    gone = None if result.version else _version_of(candidate, versions_of(name, taken_back=True))
+    if gone:
+        return _finish(PublishResult(version=None, reasons=[f"this candidate was {gone}, which was taken back"]))
     result.new = result.version is None
     if result.version is None:
-        write_record(params, str(candidate), result.dirty)
+        if model := hashes(stages.get(STAGE2.name, {}).get("outs")).get(STAGE2.as_posix()):
+            _require_recorded(STAGE2, model)
+        write_record(params, candidate, result.dirty)
         result.committed = _commit(name, LOCK, RECORD.as_posix())
         result.version = _register_with_gto(name)
+        # Should what follows be interrupted, the next publish makes up for it.
+        write_json(PUBLISHED, asdict(replace(result, wandb="failed: interrupted")))
     else:
         result.committed = _commit(name, LOCK)
     result.commit = _git("rev-list", "-n", "1", f"{name}@{result.version}")
@@ -136,18 +146,39 @@ def _commit(name: str, *files: str) -> bool:
     return True
 
 
-def _candidate_hash(stages: dict[str, Any]) -> str | None:
-    """The hash of the candidate that a dvc.lock records."""
+def _candidate_hash(stages: dict[str, Any]) -> str:
+    """The hash of the candidate that dvc.lock records.
+
+    Raises:
+        UserError: it records none.
+    """
+    found = _recorded_candidate(stages)
+    if found is None:
+        raise UserError(f"{LOCK} does not record the stage 'register'; run 'dvc repro' first")
+    return found
+
+
+def _recorded_candidate(stages: dict[str, Any]) -> str | None:
     return hashes(stages.get("register", {}).get("outs")).get(CANDIDATE.as_posix())
 
 
-def _registered_version(name: str, candidate_hash: str | None) -> str | None:
+def _require_recorded(folder: Path, recorded: str) -> None:
+    """Refuses what a stage that was run by hand left: the version's commit would name other files.
+
+    Raises:
+        UserError: the folder is missing, or not what dvc.lock records.
+    """
+    if dir_hash(require(folder)) != recorded:
+        raise UserError(
+            f"{folder} is not what {LOCK} records, as after a stage that was run by hand; 'dvc repro' makes both agree"
+        )
+
+
+def _version_of(candidate_hash: str, versions: dict[str, str]) -> str | None:
     """The newest version whose commit's dvc.lock records the same candidate."""
-    if candidate_hash is None:
-        raise UserError(f"{LOCK} does not record the stage 'register'; run 'dvc repro' first")
-    for tag in _git("tag", "--list", f"{name}@v*", "--sort=-version:refname").splitlines():
-        if _candidate_hash(lock_of(f"{tag}^{{commit}}")) == candidate_hash:
-            return tag.removeprefix(f"{name}@")
+    for version, tag in reversed(versions.items()):
+        if _recorded_candidate(lock_of(f"{tag}^{{commit}}")) == candidate_hash:
+            return version
     return None
 
 
@@ -163,7 +194,8 @@ def _register_with_gto(name: str) -> str:
     identity = with_identity()
     author = identity.get("GIT_COMMITTER_NAME"), identity.get("GIT_COMMITTER_EMAIL")
     try:
-        tag = gto.api.register(".", name, "HEAD", author=author[0], author_email=author[1])
+        version = next_version(name)
+        tag = gto.api.register(".", name, "HEAD", version=version, author=author[0], author_email=author[1])
     except GTOException as error:
         raise UserError(f"GTO could not register {name}: {error}") from None
     return tag.version
@@ -201,7 +233,7 @@ def _wandb_artifact(params: Params, result: PublishResult, mode: str) -> str:
         name=f"{params.register_.name}@{result.version}",
         job_type="publish",
         config={**metadata, "params": candidate["params"]},
-        id=wandb_id(str(_candidate_hash(lock_of(result.commit)))),
+        id=wandb_id(_candidate_hash(lock_of(result.commit))),
         resume="allow",
     )
     import wandb  # only now that its folders are set

@@ -1,6 +1,8 @@
 """Git revisions of the project, and what DVC kept of them."""
 
+import hashlib
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -80,6 +82,53 @@ def listing(digest: str) -> dict[str, str] | None:
     if found is None:
         return None
     return {entry["relpath"]: entry["md5"] for entry in json.loads(found.read_text(encoding="utf-8"))}
+
+
+def dir_hash(folder: Path) -> str:
+    """DVC's hash of a folder as it lies here: md5 over the sorted list of its files with theirs."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = [{"md5": _md5(path), "relpath": path.relative_to(folder).as_posix()} for path in files]
+    entries.sort(key=lambda entry: tuple(entry["relpath"].split("/")))
+    return hashlib.md5(json.dumps(entries, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def versions_of(name: str, taken_back: bool = False) -> dict[str, str]:
+    """The registered versions of a model (`v0.0.2`) with their tags, the oldest first.
+
+    Those are annotated tags as GTO writes them, not names made by hand; without those that were taken back
+    (`haplovl@v0.0.2!`), or these alone.
+    """
+    form = re.compile(rf"{re.escape(name)}@(v\d+\.\d+\.\d+)")
+    tags = _tags_of(name)
+    gone = {tag.split("!")[0] for tag, _ in tags if "!" in tag}
+    return {
+        found[1]: tag
+        for tag, kind in tags
+        if kind == "tag" and (tag in gone) == taken_back and (found := form.fullmatch(tag))
+    }
+
+
+def next_version(name: str) -> str:
+    """The version after all that there ever were: a number that was taken back is not given to another model."""
+    numbers = [
+        tuple(map(int, found.groups()))
+        for tag, _ in _tags_of(name)
+        if (found := re.fullmatch(rf"{re.escape(name)}@v(\d+)\.(\d+)\.(\d+)!?", tag))
+    ]
+    major, minor, patch = max(numbers, default=(0, 0, 0))
+    return f"v{major}.{minor}.{patch + 1}"
+
+
+def _tags_of(name: str) -> list[tuple[str, str]]:
+    """Tags of a model's versions with git's type of them: `tag` for annotated ones, `commit` for names alone."""
+    form = "%(refname:strip=2)%09%(objecttype)"
+    lines = git("for-each-ref", "--sort=version:refname", f"--format={form}", f"refs/tags/{name}@*").splitlines()
+    return [(tag, kind) for tag, kind in (line.split("\t") for line in lines)]
 
 
 def _kept(commit: str, path: Path) -> Path | None:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from haplovl.errors import UserError
+from haplovl.promotion import registered
 from haplovl.publish import publish
 from haplovl.settings import Params, load_params
 
@@ -27,17 +29,25 @@ def git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def write_candidate(candidate_hash: str, passed: bool = True) -> None:
+def recorded(folder: str) -> dict[str, str]:
+    """A folder with one file as dvc.lock has it: md5 over a listing with the file's."""
+    (path,) = Path(folder).iterdir()
+    listing = json.dumps([{"md5": hashlib.md5(path.read_bytes()).hexdigest(), "relpath": path.name}])
+    return {"path": folder, "md5": hashlib.md5(listing.encode()).hexdigest() + ".dir"}
+
+
+def write_candidate(recipe: str, passed: bool = True) -> None:
     """What `register` and DVC leave behind for a candidate."""
     Path("candidate").mkdir(exist_ok=True)
     candidate = {
-        "params": {"seed": 17},
+        "params": {"seed": 17, "recipe": recipe},
         "metrics": {"evaluation": {"accuracy": 0.95}},
         "gate": {"passed": passed, "reasons": [] if passed else ["accuracy 0.500 is below 0.900"]},
     }
     Path("candidate/candidate.json").write_text(json.dumps(candidate))
-    out = {"path": "candidate", "md5": f"{candidate_hash}.dir"}
-    Path("dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"register": {"cmd": "x", "outs": [out]}}}))
+    stages = {"register": ["candidate"], "stage2": ["models/stage2"]}
+    lock = {name: {"cmd": "x", "outs": [recorded(folder) for folder in outs]} for name, outs in stages.items()}
+    Path("dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": lock}))
 
 
 @pytest.fixture
@@ -66,7 +76,7 @@ def project(tmp_path, monkeypatch) -> Path:
     git("-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start")
     (root / "models/stage2").mkdir(parents=True)
     (root / "models/stage2/model.safetensors").write_bytes(b"weights")
-    write_candidate("a" * 32)
+    write_candidate("first")
     return root
 
 
@@ -96,10 +106,10 @@ def test_an_unchanged_candidate_makes_no_new_version_and_a_changed_one_does(proj
     assert (again.version, again.new, again.committed) == ("v0.0.1", False, False)
     assert git("rev-parse", "HEAD") == head
 
-    write_candidate("b" * 32)
+    write_candidate("second")
     assert publish(params).version == "v0.0.2"
     # Back to the first recipe: its version exists already, only the lock is new.
-    write_candidate("a" * 32)
+    write_candidate("first")
     back = publish(params)
     assert (back.version, back.new, back.committed) == ("v0.0.1", False, True)
     assert git("show", "--name-only", "--format=", "HEAD") == "dvc.lock"
@@ -120,11 +130,55 @@ def test_the_users_own_identity_is_used(project, params):
 
 
 def test_a_failed_gate_commits_and_registers_nothing(project, params):
-    write_candidate("a" * 32, passed=False)
+    write_candidate("first", passed=False)
     head = git("rev-parse", "HEAD")
     result = publish(params)
     assert result.version is None and result.line() == "not registered: accuracy 0.500 is below 0.900"
     assert git("rev-parse", "HEAD") == head and not git("tag", "--list")
+
+
+def test_what_a_stage_run_by_hand_left_is_not_published(project, params):
+    """The version's commit would name the files of dvc.lock, not these."""
+    kept = Path("candidate/candidate.json").read_text()
+    write_candidate("second", passed=False)  # what dvc.lock records
+    Path("candidate/candidate.json").write_text(kept)
+    with pytest.raises(UserError, match="^candidate is not what dvc.lock records"):
+        publish(params)
+    write_candidate("second")
+    Path("models/stage2/model.safetensors").write_bytes(b"others")
+    with pytest.raises(UserError, match="^models/stage2 is not what dvc.lock records"):
+        publish(params)
+    assert not git("tag", "--list")
+
+
+def test_a_version_that_was_taken_back_is_none_and_its_number_is_not_given_again(project, params):
+    import gto.api
+
+    assert publish(params).version == "v0.0.1"
+    write_candidate("second")
+    assert publish(params).version == "v0.0.2"
+    gto.api.deregister(".", "haplovl", version="v0.0.2", author="t", author_email="t@t")
+    git("tag", "haplovl@v0.1.0")  # a name alone, made by hand
+    assert publish(params).line() == "not registered: this candidate was v0.0.2, which was taken back"
+    write_candidate("third")
+    assert publish(params).line() == "registered as v0.1.1"
+    write_candidate("first")
+    assert publish(params).line() == "already registered as v0.0.1"
+    assert [version.name for version in registered("haplovl")] == ["v0.0.1", "v0.1.1"]
+
+
+def test_an_upload_that_was_interrupted_is_tried_again(project, params, monkeypatch):
+    from haplovl import publish as module
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_wandb_artifact", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            publish(params)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    again = publish(params)
+    assert (again.version, again.new, again.wandb) == ("v0.0.1", False, "disabled")
+    assert publish(params).wandb == "disabled"
 
 
 def test_a_hook_that_refuses_is_heard(project, params):

@@ -197,7 +197,7 @@ def test_another_machine_is_told_before_anything_runs(project, monkeypatch):
     record = json.loads(Path("lineage.json").read_text())
     record["environment"]["packages"] = ["torch==1.0", "gone==2.0", *record["environment"]["packages"]]
     place = record["training"]["stage2"]["places"][0]
-    place["machine"] |= {"cpu": "Another CPU", "instructions": ["amx_bf16", *place["machine"]["instructions"]]}
+    place["machine"] |= {"cpu": "Another CPU", "instructions": ["moon_bf16", *place["machine"]["instructions"]]}
     write_json(Path("lineage.json"), record)
     git("commit", "-qam", "from elsewhere")
     git("tag", "-d", "haplovl@v0.0.1")
@@ -207,7 +207,7 @@ def test_another_machine_is_told_before_anything_runs(project, monkeypatch):
     told = done.output[: done.output.index("recorded and found")]
     for line in ("hashes may differ", "gone: recorded 2.0, here none", "cpu: recorded Another CPU, here"):
         assert line in told
-    assert "instruction sets: amx_bf16 only recorded" in told and "threads" not in told
+    assert "instruction sets: moon_bf16 only recorded" in told and "threads" not in told
 
 
 def test_lineage_tells_all_of_it(project):
