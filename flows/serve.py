@@ -20,6 +20,7 @@ from urllib.request import urlopen
 import psutil
 
 from haplovl.errors import UserError
+from haplovl.processes import INTERRUPT_SECONDS
 
 POOL = "haplovl"
 HOST = "127.0.0.1"
@@ -66,12 +67,24 @@ def end(pid: int) -> None:
 
 
 def end_all(family: list[psutil.Process]) -> None:
-    """Ends processes: asks first, and kills those that are still there after a while."""
-    for send in (psutil.Process.terminate, psutil.Process.kill):
-        for process in family:
-            with suppress(psutil.NoSuchProcess):
-                send(process)
-        _, family = psutil.wait_procs(family, timeout=END_SECONDS)
+    """Ends processes: asks first, and kills those that are still there after a while; training may write its state."""
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, left = psutil.wait_procs(family, timeout=END_SECONDS)
+    if busy := [process for process in left if _trains(process)]:
+        print("waiting for training to write a checkpoint ...", flush=True)
+        psutil.wait_procs(busy, timeout=INTERRUPT_SECONDS)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=END_SECONDS)
+
+
+def _trains(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return {"haplovl", "train"} <= set(process.cmdline())
+    return False
 
 
 def wait_for(server: subprocess.Popen[bytes], url: str, log: Path) -> None:

@@ -108,20 +108,28 @@ def train(
     from haplovl.errors import UserError
     from haplovl.settings import load_compute, load_params
 
+    profile = load_compute(compute)
+    # What a launcher, srun or a job's script started is a rank, whatever the profile says.
+    started = (
+        "RANK" in os.environ or "HAPLOVL_JOB" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    )
     if overfit is not None:
         from haplovl.train.overfit import overfit as learn_by_heart
 
-        raise typer.Exit(0 if learn_by_heart(stage, load_params(), load_compute(compute), overfit) else 1)
-    profile = load_compute(compute)
+        if profile.launcher != "local" and not started:
+            raise UserError(
+                f"--overfit trains where it is called, and compute profile '{profile.name}' does not: choose one with "
+                "launcher: local, or call it by srun"
+            )
+        raise typer.Exit(0 if learn_by_heart(stage, load_params(), profile, overfit) else 1)
     if profile.launcher == "slurm" and resume_from is not None:
         raise typer.BadParameter("a job goes on by itself; --resume-from is for profiles with launcher: local")
-    # Inside the job its processes find the variable that the job's script sets.
-    if profile.launcher == "slurm" and "HAPLOVL_JOB" not in os.environ:
+    if profile.launcher == "slurm" and not started:
         from haplovl.slurm import train_as_job
 
         train_as_job(stage, load_params(), profile)
         return
-    if profile.launcher == "sky" and "RANK" not in os.environ:
+    if profile.launcher == "sky" and not started:
         raise UserError(
             f"compute profile '{profile.name}' trains on rented nodes: 'make pipeline COMPUTE={profile.name}' launches "
             "them; choose another profile to train on this machine"

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,14 +95,26 @@ class Job:
                     raise
             time.sleep(POLL_SECONDS)
 
-    def cancel(self) -> None:
-        """Cancels the job and waits until it is over; training writes a checkpoint first."""
+    def cancel(self, stop_seconds: int) -> None:
+        """Ends the job and waits until it is over; training has `stop_seconds` to write a checkpoint first.
+
+        `scancel` alone would leave it the cluster's KillWait, half a minute as a rule.
+        """
+        state = self.state()
+        if state and state.state == "RUNNING":
+            with suppress(UserError):  # the job may end meanwhile
+                _slurm("scontrol", "update", f"JobId={self.id}", "Requeue=0")
+                _slurm("scancel", "--signal=USR1", self.id)
+                self._wait(stop_seconds)
         _slurm("scancel", self.id)
-        until = time.monotonic() + CANCEL_SECONDS
+        self._wait(CANCEL_SECONDS)
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
         while time.monotonic() < until and (state := self.state()) and state.active:
             time.sleep(0.5)
 
-    def follow(self, stop: StopSignals) -> JobState:
+    def follow(self, stop: StopSignals, stop_seconds: int) -> JobState:
         """Prints the job's log as it grows, until the job is over.
 
         Raises:
@@ -110,7 +123,7 @@ class Job:
         position, waiting, finals = 0, "", 0
         while True:
             if stop.asked:
-                self.cancel()
+                self.cancel(stop_seconds)
                 self._print(position)
                 print(f"job {self.id} cancelled; the same command goes on from its last checkpoint", flush=True)
                 sys.exit(EXIT_PREEMPTED)
@@ -179,7 +192,7 @@ def train_as_job(stage: str, params: Params, compute: ComputeProfile) -> None:
         else:
             job.submit(compute)
             print(f"{stage}: submitted job {job.id}, log in {job.log}", flush=True)
-        _check(job, job.follow(stop))
+        _check(job, job.follow(stop, compute.slurm.stop_seconds))
     target = OUTPUTS[stage]
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -266,12 +266,11 @@ def rotary_positions(
     """
     previous = torch.cat([torch.full_like(blocks[:, :1], -2), blocks[:, :-1]], dim=1)
     inside = (blocks >= 0) & (blocks == previous)
-    whole = increment in (0.0, 1.0)
-    dtype = torch.long if whole else torch.float32
-    step = torch.where(inside, torch.tensor(int(increment) if whole else increment, dtype=dtype), 1).to(dtype)
-    if attention_mask is not None:
-        step = step * attention_mask.to(dtype)
-    position = step.cumsum(dim=1) - 1
+    dtype = torch.long if increment in (0.0, 1.0) else torch.float32
+    taken = torch.ones_like(blocks) if attention_mask is None else attention_mask.long()
+    # Integers are added up: they do not round, and sums of floats are not deterministic on a GPU.
+    within, outside = (taken * inside).cumsum(dim=1), (taken * ~inside).cumsum(dim=1)
+    position = outside - 1 + (within * int(increment) if dtype is torch.long else within.to(dtype) * increment)
     if document_ids is not None:
         starts = _document_starts(document_ids)
         # Positions never fall inside a row, so the latest document start is the running maximum of the starts.

@@ -5,8 +5,11 @@ hash. It is complete when all ranks' markers are there, so that no rank has to w
 beside the next steps.
 """
 
+import errno
 import json
+import os
 import random
+import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from haplovl.errors import UserError
-from haplovl.files import RUNS, read_json, sha256_of, sha256_of_folder, write_json
+from haplovl.files import RUNS, read_json, sha256_of, sha256_of_folder, write_json, write_whole
 from haplovl.settings import fingerprint
 from haplovl.train.state import Pieces, restore, snapshot
 
@@ -51,9 +55,12 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint | None":
-        """The checkpoint in a folder; None where it is not complete."""
-        markers = [read_json(found) for found in sorted(path.glob("rank-*.json"))]
-        complete = markers and len(markers) == markers[0]["world"]
+        """The checkpoint in a folder; None where it is not complete, or a marker cannot be read."""
+        try:
+            markers = [read_json(found) for found in sorted(path.glob("rank-*.json"))]
+            complete = markers and len(markers) == markers[0]["world"] and all("sha256" in marker for marker in markers)
+        except (UserError, TypeError, KeyError):  # as a power cut leaves it
+            return None
         return cls(path, sorted(markers, key=lambda marker: marker["rank"])) if complete else None
 
 
@@ -132,6 +139,22 @@ class RunFolder:
         }  # fmt: skip
         self._writing = self._writer.submit(_write, target, snapshot(engine), marker)
 
+    def write_error(self) -> BaseException | None:
+        """Why the last checkpoint could not be written, if that is known by now; it is forgotten then."""
+        if self._writing is None or not self._writing.done() or self._writing.exception() is None:
+            return None
+        error, self._writing = self._writing.exception(), None
+        return error
+
+    def note_validation(self, step: int, loss: float, rows: list[dict[str, Any]]) -> None:
+        """Adds the validation loss to a checkpoint that was written without, and to the last row of the log."""
+        rows[-1]["validation_loss"] = loss
+        if is_main():
+            for path in (self.path / f"step-{step}").glob("rank-*.json"):
+                write_json(path, {**read_json(path), "validation_loss": loss})
+            self._write_log(rows)
+        barrier()
+
     def finish_writing(self) -> None:
         """Waits until the last checkpoint is on disk."""
         if self._writing is not None:
@@ -158,6 +181,7 @@ class RunFolder:
             damaged = _damaged_file(chosen)
             if damaged:
                 raise UserError(f"the checkpoint {explicit} is damaged: {damaged}")
+            self._leave_later_ones(chosen.step)
             return _load(engine, chosen, seed)
         for checkpoint in self._seen_by_all():
             damaged = _damaged_file(checkpoint)
@@ -175,6 +199,15 @@ class RunFolder:
         dist.all_gather_object(everywhere, [checkpoint.step for checkpoint in found])
         return [checkpoint for checkpoint in found if all(checkpoint.step in steps for steps in everywhere)]
 
+    def _leave_later_ones(self, step: int) -> None:
+        """Removes checkpoints after `step`: the run takes these steps again, and they are of the way that it left."""
+        barrier()
+        if is_main():
+            for later in (checkpoint for checkpoint in self.checkpoints() if checkpoint.step > step):
+                say(f"leaving {later.path.name}, which is after the one to go on from")
+                shutil.rmtree(later.path)
+        barrier()
+
     def _given(self, path: Path) -> Checkpoint:
         checkpoint = Checkpoint.read(path) if path.is_dir() else None
         if checkpoint is None:
@@ -188,7 +221,7 @@ class RunFolder:
         """Cuts the log after `step` and returns its rows: later ones belong to steps that are taken again."""
         rows = []
         if self.log.exists():
-            for line in self.log.read_text(encoding="utf-8").splitlines():
+            for line in self.log.read_text(encoding="utf-8").split("\n")[:-1]:
                 try:
                     row = json.loads(line)
                 except ValueError:
@@ -197,8 +230,11 @@ class RunFolder:
                     rows.append(row)
         barrier()
         if is_main():
-            self.log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            self._write_log(rows)
         return rows
+
+    def _write_log(self, rows: list[dict[str, Any]]) -> None:
+        write_whole(self.log, "".join(json.dumps(row) + "\n" for row in rows))
 
     def finish(self, result: Path) -> None:
         """Marks the run as finished and keeps only the best of its checkpoints, and that only if it is not the last.
@@ -222,8 +258,27 @@ def _write(target: Path, tensors: dict[str, torch.Tensor], marker: dict[str, Any
     """Writes one rank's file, then its marker; runs beside training."""
     target.mkdir(exist_ok=True)
     path = target / marker["file"]
-    save_file(tensors, path)
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # a full disk, say: what the operating system said stands in its text
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
+    _to_disk(path)
     write_json(path.with_suffix(".json"), {**marker, "sha256": sha256_of(path)})
+    _to_disk(path.with_suffix(".json"), target)
+
+
+def _to_disk(*paths: Path) -> None:
+    """Waits until files and folders would survive a power cut."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a mounted bucket knows no such thing
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def _load(engine: Any, checkpoint: Checkpoint, seed: int) -> int:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from haplovl.errors import UserError
 from haplovl.settings import ComputeProfile, StageSettings
 from haplovl.train.launch import STORE, adopt_slurm, meeting_place, on_this_machine
 from haplovl.train.optim import make_optimizer
@@ -20,6 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def start_distributed(compute: ComputeProfile) -> torch.device:
     """Joins the process group (of one, where no launcher set the environment) and returns this rank's device."""
     adopt_slurm()
+    require_gpus(compute, int(os.environ.get("LOCAL_RANK", "0")) + 1)
     place = os.environ.get(STORE)
     if "RANK" not in os.environ:
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **on_this_machine()})
@@ -44,6 +46,18 @@ def start_distributed(compute: ComputeProfile) -> torch.device:
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
+
+
+def require_gpus(compute: ComputeProfile, needed: int) -> None:
+    """Refuses a profile for GPUs on a machine that has fewer of them for these processes.
+
+    Raises:
+        UserError: names how many torch sees.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if compute.device == "cuda" and found < needed:
+        gpus = "1 GPU" if needed == 1 else f"{needed} GPUs"
+        raise UserError(f"compute profile '{compute.name}' needs {gpus} on this machine, and torch sees {found}")
 
 
 def make_engine(

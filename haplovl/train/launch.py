@@ -1,6 +1,7 @@
 """Starts one training process per rank on this machine and passes signals and exit codes on."""
 
 import atexit
+import ctypes
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import psutil
@@ -19,6 +21,7 @@ EXIT_PREEMPTED = 85
 STORE = "HAPLOVL_STORE"
 """Variable with the file over which the ranks of one machine find each other: torch's own way, a port, would be open
 to the whole network."""
+PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -44,6 +47,7 @@ def launch(arguments: list[str], processes: int) -> NoReturn:
         subprocess.Popen(
             [sys.executable, "-m", "haplovl", *arguments],
             env={**os.environ, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            preexec_fn=_end_with_launcher,
         )
         for rank in range(processes)
     ]
@@ -68,6 +72,12 @@ def launch(arguments: list[str], processes: int) -> NoReturn:
         print(f"ranks that a signal ended: {dead}", file=sys.stderr, flush=True)
     # A rank that was killed here has a negative code; the reason is the rank that failed by itself.
     sys.exit(max(codes) if max(codes) > 0 else int(min(codes) != 0))
+
+
+def _end_with_launcher() -> None:
+    """Has the kernel send SIGTERM to a rank whose launcher was killed: nobody else would end it."""
+    with suppress(OSError, AttributeError):  # not on Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def on_this_machine() -> dict[str, str]:

@@ -7,7 +7,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,7 +36,7 @@ class StepFigures:
     step: int
     """From 1."""
     losses: dict[str, float]
-    """Mean of every loss part over its tokens; their sum is the loss."""
+    """Mean of every loss part over its tokens."""
     learning_rate: float
     grad_norm: float
     """Of the whole gradient, before clipping."""
@@ -52,6 +52,13 @@ class StepFigures:
     """Records of the step over all ranks."""
     total_flops: int = 0
     """The same over all devices, and the forward passes of frozen teachers."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Of the loss parts in the loss that is minimised; 1 where none is given."""
+
+    @property
+    def loss(self) -> float:
+        """What is minimised: the weighted sum of the parts."""
+        return sum(self.weights.get(name, 1.0) * value for name, value in self.losses.items())
 
 
 class SpikeDetector:
@@ -134,7 +141,7 @@ class Monitor:
         left = self._report.seconds_left(figures.step) if self._report else None
         return {
             "step": figures.step,
-            "loss": sum(losses.values()),
+            "loss": figures.loss,
             **({} if list(losses) == ["loss"] else losses),
             "learning_rate": figures.learning_rate,
             "grad_norm": figures.grad_norm,

@@ -20,6 +20,7 @@ from haplovl.train.checkpoint import is_main, say
 from haplovl.train.engine import DTYPES, global_counts, make_engine, start_distributed, take_step
 from haplovl.train.launch import adopt_slurm, launch
 from haplovl.train.objectives import Distillation
+from haplovl.train.optim import set_learning_rate
 from haplovl.train.stage import OUTPUTS, Stage, build_stage
 
 MOST_STEPS = 500
@@ -113,8 +114,11 @@ def learn_by_heart(
     records = FirstRecords(PreparedRecords("train", stage.processor), stage.settings.mixture, count)
     loader = _loader(records, stage.settings.batch, compute, seed)
     if isinstance(stage.objective, Distillation):
+        if not any(records.images):
+            raise UserError(f"the test looks at loss_vision, and none of the {count} records has a picture")
         stage.objective.frozen_to(device, DTYPES[stage.settings.precision])
     engine = make_engine(stage.objective, stage.settings, compute, loader.micro_batches)
+    set_learning_rate(engine.optimizer, stage.settings.optimizer.learning_rate)  # of every part, times its factor
     aim, names, losses = aim_of(stage), set(), []
     say(f"{stage.name}: learning {count} records by heart; aim: {aim.part} below {aim.below} ({aim.meaning})")
     with reporter(f"{stage.name} overfit", most_steps) as report:

@@ -1,5 +1,6 @@
 """Trains one stage: builds model, objective, data and engine, then steps, logs and checkpoints until done."""
 
+import errno
 import os
 import sys
 import time
@@ -13,10 +14,20 @@ from haplovl.data.loader import Batch, PackedLoader, PreparedRecords
 from haplovl.data.prepare import read_manifest
 from haplovl.errors import UserError
 from haplovl.files import write_json
-from haplovl.settings import ComputeProfile, Params
+from haplovl.settings import ComputeProfile, Params, StageSettings
 from haplovl.tracking import code_version, description, grouping
+from haplovl.train.alone import alone_in
 from haplovl.train.checkpoint import RunFolder, barrier, is_main, say
-from haplovl.train.engine import DTYPES, accumulate, global_counts, make_engine, reduce_sum, start_distributed, update
+from haplovl.train.engine import (
+    DTYPES,
+    accumulate,
+    global_counts,
+    make_engine,
+    reduce_sum,
+    require_gpus,
+    start_distributed,
+    update,
+)
 from haplovl.train.flops import Work
 from haplovl.train.image_path import attention_to_images, patch_gradient
 from haplovl.train.launch import EXIT_PREEMPTED, StopSignals, adopt_slurm, launch
@@ -39,27 +50,30 @@ def train_stage(name: str, params: Params, compute: ComputeProfile, resume_from:
     """
     if name not in OUTPUTS:
         raise UserError(f"there is no training stage '{name}'; choose {' or '.join(OUTPUTS)}")
+    if not isinstance(getattr(params, name), StageSettings):
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:  # one process has all there is to do
+            save_stage(build_stage(name, params), OUTPUTS[name], [], False)
+        return
     adopt_slurm()
     if compute.processes > 1 and "RANK" not in os.environ:
+        require_gpus(compute, compute.processes)
         explicit = ["--resume-from", str(resume_from)] if resume_from else []
         launch(["train", name, "--compute", compute.name, *explicit], compute.processes)
     device = start_distributed(compute)
     try:
         stage = build_stage(name, params)
-        if stage.objective is None:
-            save_stage(stage, OUTPUTS[name], [], False)
-            return
         # By name: the pre-decoder has a configuration, but is no transformers model of its own to be asked.
         stage.model.set_attn_implementation({"": compute.attention, "text_config": compute.attention})
         if compute.activation_checkpointing:
             stage.model.gradient_checkpointing_enable()
-        folder = RunFolder.of(name, stage.identity)
-        rows = _run(stage, folder, params, compute, device, resume_from)
-        # A job's result waits beside its state: DVC may delete the stage's out before anybody asks for it.
-        target = folder.result if compute.launcher == "slurm" else OUTPUTS[name]
-        save_stage(stage, target, rows, params.model.connector == "text_head")
-        folder.finish(target)
-        barrier()
+        with alone_in(RunFolder.named(name, stage.identity).path):
+            folder = RunFolder.of(name, stage.identity)
+            rows = _run(stage, folder, params, compute, device, resume_from)
+            # A job's result waits beside its state: DVC may delete the stage's out before anybody asks for it.
+            target = folder.result if "HAPLOVL_JOB" in os.environ else OUTPUTS[name]
+            save_stage(stage, target, rows, params.model.connector == "text_head")
+            folder.finish(target)
+            barrier()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -83,10 +97,16 @@ def _run(
     engine = make_engine(stage.objective, stage.settings, compute, loader.micro_batches)
     step = folder.resume(engine, seed, resume_from)
     say(f"{stage.name}: {'continuing after step ' + str(step) if step else 'starting'}, state in {folder.path}")
-    stop, total = StopSignals(), stage.settings.steps
+    stop, total, every = StopSignals(), stage.settings.steps, stage.settings.checkpoint_every
+    earlier, tried_again = folder.keep_log(step), False
+    if validation and earlier and step % every == 0 and "validation_loss" not in earlier[-1]:
+        # A stop signal left no time for it; the run is to end as if nobody had stopped it.
+        score = validation.loss(engine, stage.objective, device)
+        if score is not None:
+            folder.note_validation(step, score, earlier)
     with monitor(
         stage.name, total, folder.path, folder.key, device, rank=dist.get_rank(), peak_tflops=compute.peak_tflops,
-        earlier=folder.keep_log(step), config=_description(stage, params, compute, folder, step) if is_main() else {},
+        earlier=earlier, config=_description(stage, params, compute, folder, step) if is_main() else {},
         grouping=grouping(params, stage.name),
     ) as watch:  # fmt: skip
         ended = time.perf_counter()
@@ -94,15 +114,25 @@ def _run(
             try:
                 figures, looks = _step(stage, engine, batches, step, device, watch)
             except FloatingPointError as error:
-                raise _not_finite(stage, engine, folder, batches, step, error) from None
+                score = watch.rows[-1].get("validation_loss") if watch.rows else None
+                raise _not_finite(stage, engine, folder, batches, step, score, error) from None
             step += 1
             seconds = time.perf_counter() - ended
-            mine = [figures["tokens"], figures["total_flops"], figures["records"], int(stop.asked)]
-            tokens, flops, records, stops = map(int, reduce_sum(torch.tensor(mine, dtype=torch.float64)).tolist())
+            lost = folder.write_error()
+            mine = [figures[name] for name in ("tokens", "total_flops", "records")]
+            mine += [int(stop.asked), int(lost is not None)]
+            summed = reduce_sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+            tokens, flops, records, stops, failed = map(int, summed)
+            if failed and tried_again:
+                raise lost or OSError(errno.EIO, "another rank could not write its part of a checkpoint")
             stopping = bool(stops) and step < total  # all ranks after the same step
-            saving = stopping or step == total or step % stage.settings.checkpoint_every == 0
+            due = step == total or step % every == 0
+            saving = stopping or due or bool(failed)
+            if failed:
+                say(f"a checkpoint could not be written ({lost or 'by another rank'}); trying again after step {step}")
+            tried_again = bool(failed) or (tried_again and not saving)
             # A job that must stop has little time left, so it does without the validation loss.
-            score = validation.loss(engine, stage.objective, device) if validation and saving and not stopping else None
+            score = validation.loss(engine, stage.objective, device) if validation and due and not stopping else None
             looks |= {} if score is None else {"validation_loss": score}
             figures |= {
                 "tokens": tokens,
@@ -117,7 +147,8 @@ def _run(
             if stopping:
                 folder.finish_writing()
                 barrier()  # a launcher ends the others once the first has gone
-                say(f"stopped by signal after step {step}; the same command goes on from here")
+                without = " without --resume-from" if resume_from else ""
+                say(f"stopped by signal after step {step}; the same command{without} goes on from here")
                 sys.exit(EXIT_PREEMPTED)
             ended = time.perf_counter()
     folder.finish_writing()
@@ -175,6 +206,7 @@ def _step(
     figures = {
         "step": step + 1,
         "losses": losses,
+        "weights": stage.objective.weights,
         "learning_rate": rate,
         "grad_norm": norm,
         "supervised_tokens": int(max(counts.values())),
@@ -191,12 +223,18 @@ def _ids(batches: list[Batch]) -> list[str]:
 
 
 def _not_finite(
-    stage: Stage, engine: Any, folder: RunFolder, batches: list[Batch], step: int, error: FloatingPointError
+    stage: Stage,
+    engine: Any,
+    folder: RunFolder,
+    batches: list[Batch],
+    step: int,
+    score: float | None,
+    error: FloatingPointError,
 ) -> UserError:
     """Keeps what is needed to find out why a step has no finite loss or gradient: its records and the state before."""
     found = folder.path / f"bad_batch_{dist.get_rank()}.json"
     write_json(found, {"step": step + 1, "error": str(error), "records": _ids(batches)})
-    folder.save(engine, step)
+    folder.save(engine, step, score)
     folder.finish_writing()
     barrier()
     return UserError(

@@ -84,6 +84,13 @@ def test_parts_are_summed_and_what_the_machine_decides_can_be_left_out(tmp_path)
     assert set(row) - set(kept) == set(MEASURED) - {"mfu"}
 
 
+def test_the_loss_is_what_is_minimised(tmp_path):
+    with monitor("stage1", 10, tmp_path, "k", CPU) as watcher:
+        parts = {"losses": {"loss_vision": 0.5, "loss_feature": 2.0}, "weights": {"loss_vision": 10.0}}
+        row = watcher.record(figures(1, **parts), [])
+    assert (row["loss"], row["loss_vision"], row["loss_feature"]) == (7.0, 0.5, 2.0)
+
+
 def test_other_ranks_write_no_log_but_know_the_same(tmp_path, capsys):
     with monitor("stage2", 10, tmp_path, "k", CPU, rank=1) as watcher:
         row = watcher.record(figures(1), [])

@@ -1,6 +1,8 @@
 """A run that is killed, stopped, moved or damaged ends as if nothing had happened; what does not fit is refused."""
 
 import json
+import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -131,6 +133,88 @@ def test_an_older_checkpoint_can_be_named(project, trained, tmp_path):
     done = train(folder, "one", "--resume-from", str(kept))
     assert done.returncode == 0 and "continuing after step 4" in done.stdout, done.stdout + done.stderr
     assert weights_of(folder) == weights_of(straight)
+
+
+def test_who_goes_on_from_an_older_checkpoint_leaves_the_later_ones(project, trained, tmp_path):
+    """Else a kill would go on from a step that the log no longer has."""
+    straight, kept = trained
+    folder = killed_after(copy_of(project, tmp_path / "again"), 8)
+    state = next(folder.glob("runs/training/stage1-*"))
+    done = train(folder, "one", "--resume-from", str(kept))
+    assert done.returncode == 0 and "leaving step-8, which is after the one to go on from" in done.stdout, done.stdout
+    assert [row["step"] for row in map(json.loads, (state / "log.jsonl").open())] == list(range(1, 13))
+    assert weights_of(folder) == weights_of(straight)
+
+
+def killed_after(folder, step):
+    """The folder after a run in it was killed, some time after it had a complete checkpoint of this step."""
+    process = subprocess.Popen([*TRAIN, "one"], cwd=folder, start_new_session=True, stdout=subprocess.DEVNULL)
+    while step not in complete(folder):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "models/stage1").exists()
+    return folder
+
+
+def test_what_a_power_cut_leaves_is_passed_over(project, trained, tmp_path):
+    folder = killed_after(copy_of(project, tmp_path / "cut"), 8)
+    (marker,) = folder.glob("runs/training/stage1-*/step-8/rank-0-of-1.json")
+    marker.write_text("")
+    done = train(folder, "one")
+    assert done.returncode == 0 and "continuing after step 4" in done.stdout, done.stdout + done.stderr
+    assert weights_of(folder) == weights_of(trained[0])
+
+
+def test_a_validation_loss_that_a_stop_left_no_time_for_is_made_up_for(project, trained, tmp_path):
+    folder = killed_after(copy_of(project, tmp_path / "stopped"), 4)
+    (state,) = folder.glob("runs/training/stage1-*")
+    for newer in (path for path in state.glob("step-*") if path.name != "step-4"):
+        shutil.rmtree(newer)
+    rows = [json.loads(line) for line in (state / "log.jsonl").read_text().split("\n")[:4]]
+    assert rows[3].pop("validation_loss") > 0
+    (state / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (marker,) = (state / "step-4").glob("rank-*.json")
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"validation_loss": None}))
+    done = train(folder, "one")
+    assert done.returncode == 0 and "continuing after step 4" in done.stdout, done.stdout + done.stderr
+    assert sha256_of_folder(folder / "models/stage1") == sha256_of_folder(trained[0] / "models/stage1")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_tried_again_at_once_and_told(project, tmp_path):
+    """A limit on the size of files, as a full disk: the log still fits, a checkpoint does not."""
+    folder = copy_of(project, tmp_path / "full")
+    limited = ["bash", "-c", f"ulimit -f 40; exec {shlex.join(TRAIN)} one"]
+    done = subprocess.run(limited, cwd=folder, capture_output=True, text=True, timeout=200)
+    assert "a checkpoint could not be written (" in done.stdout and "trying again after step" in done.stdout, (
+        done.stdout
+    )
+    assert done.returncode == 1 and "File too large" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (folder / "models/stage1").exists()
+
+
+def test_two_trainings_of_one_run_do_not_mix(project, trained, tmp_path):
+    folder = copy_of(project, tmp_path / "twice")
+    first, second = (
+        subprocess.Popen([*TRAIN, "one"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    )
+    assert [process.wait(timeout=200) for process in (first, second)] == [0, 0]
+    (log,) = folder.glob("runs/training/stage1-*/log.jsonl")
+    assert [json.loads(line)["step"] for line in log.open()] == list(range(1, 13))
+    assert weights_of(folder) == weights_of(trained[0])
+
+
+def test_a_profile_for_gpus_needs_gpus(project, tmp_path):
+    folder = copy_of(project, tmp_path / "gpu")
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    for profile, processes, needs in (("g", 1, "1 GPU"), ("g2", 2, "2 GPUs")):
+        text = f"name: {profile}\ndevice: cuda\nprocesses: {processes}\nmicro_batch_rows: 2\n"
+        (folder / f"infra/compute/{profile}.yaml").write_text(text)
+        done = subprocess.run([*TRAIN, profile], cwd=folder, capture_output=True, text=True, timeout=200, env=hidden)
+        expected = f"error: compute profile '{profile}' needs {needs} on this machine, and torch sees 0\n"
+        assert done.returncode == 1 and done.stderr == expected, done.stderr
 
 
 def test_another_number_of_ranks_and_zero_stage_goes_on(project, trained, tmp_path):

@@ -192,7 +192,8 @@ def test_a_stopped_command_takes_its_job_along_and_goes_on_later(cluster, copy, 
     client.send(signal.SIGINT)
     code, output = client.wait()
     assert code == 85, output
-    assert "JobState=CANCELLED" in state_of(cluster, client.job)
+    assert "stopped by signal after step" in output and "queueing again" not in output
+    assert "JobState=RUNNING" not in state_of(cluster, client.job)
     code, output = Client(cluster, copy).wait()
     assert code == 0, output
     assert "continuing after step" in output and weights_of(copy) == undisturbed[0]
