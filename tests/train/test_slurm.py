@@ -126,7 +126,8 @@ def state_of(cluster, job):
 
 
 def jobs(cluster):
-    return cluster.run("squeue", "-h", "-t", "all", "-o", "%i").stdout.split()
+    """The ids of all jobs that the controller knows; squeue sorts them by their states."""
+    return sorted(cluster.run("squeue", "-h", "-t", "all", "-o", "%i").stdout.split(), key=int)
 
 
 def test_a_job_on_two_nodes_gives_the_weights_of_two_local_ranks(cluster, copy, undisturbed):
