@@ -115,6 +115,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[s
 
     def run(names: list[str], images: str = "images") -> Outcome:
         source = {"name": "fuzz", "format": "llava", "license": "none", "images": images, "near_duplicates": 2}
+        source["damaged_files"] = "keep"
         params = params_of([{**source, "annotations": names}])
         collect(params)
         validate(params, processes=2)

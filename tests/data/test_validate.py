@@ -174,6 +174,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bad")
     write_source(root / "source")
     source = {"name": "bad", "format": "llava", "license": "mine", "images": "../source/images"}
+    source["damaged_files"] = "keep"
     source["annotations"] = ["../source/list.json", "../source/more.jsonl"]
     for name, seed, zone in (("first", "1", "UTC"), ("second-run", "2", "Asia/Tokyo")):
         folder = make_project(root / name, source, max_quarantined_share=0.6)
