@@ -262,7 +262,14 @@ def test_all_ranks_go_on_from_a_checkpoint_that_all_of_them_see(tmp_path, monkey
     """A bucket shows one node the newest checkpoint before another one: both take the one before it."""
     for step in (2, 4):
         (tmp_path / f"step-{step}").mkdir()
-        marker = {"step": step, "rank": 0, "world": 1, "file": "rank-0.safetensors", "validation_loss": None}
+        marker = {
+            "step": step,
+            "rank": 0,
+            "world": 1,
+            "file": "rank-0.safetensors",
+            "validation_loss": None,
+            "sha256": "",
+        }
         (tmp_path / f"step-{step}/rank-0.json").write_text(json.dumps(marker))
 
     def gather(everywhere, mine):
