@@ -305,6 +305,7 @@ def test_names_on_the_command_line_are_no_paths(words, said, ran, monkeypatch, t
     root = ran[0] / "project"
     monkeypatch.chdir(root)
     (root.parent / "secret.yaml").write_text("name: ../../secret\nmicro_batch_rows: 1\n")
+    (root / "params").mkdir(exist_ok=True)
     before = sorted(path for path in root.parent.glob("*"))
     with pytest.raises(UserError, match=said):
         invoke(*words)
