@@ -119,7 +119,7 @@ def train(
         if profile.launcher != "local" and not started:
             raise UserError(
                 f"--overfit trains where it is called, and compute profile '{profile.name}' does not: choose one with "
-                "launcher: local, or call it by srun"
+                "launcher: local, or call it by srun with the profile's tasks"
             )
         raise typer.Exit(0 if learn_by_heart(stage, load_params(), profile, overfit) else 1)
     if profile.launcher == "slurm" and resume_from is not None:

@@ -73,9 +73,11 @@ def _bring_hub(settings: HubSource, bringing: Bringing) -> None:
                 f"the source {settings.name} has no Parquet file that fits {', '.join(settings.files)} (a folder of "
                 "datasets' save_to_disk becomes one by load_from_disk(FOLDER).to_parquet(FILE))"
             )
-        if settings.files == EVERY and (held := next((name for name in names if _held_out(name)), None)):
+        # Names inside the set alone: the folder that holds it may be called anything.
+        inside = [name.removeprefix(f"{root}/") for name in names]
+        if settings.files == EVERY and (held := next((name for name in inside if _held_out(name)), None)):
             raise UserError(
-                f"the source {settings.name} holds {held.removeprefix(f'{root}/')}, which is not of a training split; "
+                f"the source {settings.name} holds {held}, which is not of a training split; "
                 "name the files to take in 'files', such as ['**/train*.parquet']"
             )
         for number, name in enumerate(names):

@@ -119,6 +119,11 @@ def test_a_folder_in_the_layout_of_the_hub(tmp_path, collected, picture) -> None
         collected(format="hub", folder=str(tmp_path / "hub"))
 
 
+def test_a_folder_below_one_that_is_called_test_is_taken_whole(tmp_path, collected, picture) -> None:
+    write(tmp_path / "test/hub/data/train-00000-of-00001.parquet", onevision(5, picture), ONEVISION)
+    assert len(collected(format="hub", folder=str(tmp_path / "test/hub")).records) == 6
+
+
 def test_the_hub_is_asked_for_the_pinned_revision(tmp_path, collected, picture, monkeypatch) -> None:
     """huggingface_hub's file system is replaced by one that has the repository at that revision on this disk."""
     import huggingface_hub
