@@ -37,12 +37,16 @@ def as_llava(item: RawItem) -> RawItem:
         return item
     conversations, shown = _conversations(data)
     image = next((data[name] for name in ("image", "images") if data.get(name) is not None), shown or None)
-    adapted = {"id": id_of(item), "conversations": conversations}
-    if data.get("split") is not None:
-        adapted["split"] = data["split"]
+    adapted = {"id": id_of(item), "conversations": conversations, **split_of(data)}
     if image is not None:
         adapted["image"] = image
     return replace(item, data=adapted)
+
+
+def split_of(data: Any) -> dict[str, Any]:
+    """The split that an entry names, as a field of a record; nothing where it names none."""
+    named = data.get("split") if isinstance(data, dict) else None
+    return {} if named is None else {"split": named}
 
 
 def id_of(item: RawItem) -> Any:

@@ -26,7 +26,7 @@ from haplovl.data.sources.common import (
     bring_annotations,
     check_annotations,
 )
-from haplovl.data.sources.conversations import id_of
+from haplovl.data.sources.conversations import id_of, split_of
 from haplovl.data_settings import InterleavedSource
 from haplovl.records import IMAGE_PLACEHOLDER, RawItem, read_items
 
@@ -68,8 +68,8 @@ def entries(folder: Path, settings: InterleavedSource) -> Iterator[RawItem]:
                 continue
             shown = [(places.ref(part), "") if is_image else ("", part) for is_image, part in parts]
             talk, images = _conversation([part for part in shown if part[0] not in skipped])
-            split = {"split": item.data["split"]} if item.data.get("split") is not None else {}
-            yield replace(item, data={"id": id_of(item), "image": images, "conversations": talk, **split})
+            data = {"id": id_of(item), "image": images, "conversations": talk, **split_of(item.data)}
+            yield replace(item, data=data)
 
 
 def _documents(path: Path) -> Iterator[RawItem]:

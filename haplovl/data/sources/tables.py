@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from haplovl.data.media import MEDIA
 from haplovl.data.sources.common import Bringing, check_folder, matching_files, media_files, unique_names
-from haplovl.data.sources.conversations import as_llava
+from haplovl.data.sources.conversations import as_llava, split_of
 from haplovl.data_settings import EVERY, HubSource, ParquetSource
 from haplovl.errors import UserError
 from haplovl.pictures import ImageError
@@ -165,8 +165,7 @@ def _columns(present: set[str], chosen: dict[str, str]) -> dict[str, str]:
 
 def _adapt(item: RawItem, row: dict[str, Any], names: dict[str, str], prompt: str) -> RawItem:
     data: dict[str, Any] = {} if row.get("id") is None else {"id": row["id"]}
-    if row.get("split") is not None:
-        data["split"] = row["split"]
+    data |= split_of(row)
     image = row.get("image")
     if image is not None:
         ref = f"parquet:{item.file}!{item.position}!{names['image']}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from haplovl.data.sources.common import Bringing, annotation_files, bring_annotations, check_annotations
-from haplovl.data.sources.conversations import as_llava, id_of
+from haplovl.data.sources.conversations import as_llava, id_of, split_of
 from haplovl.data_settings import AlpacaSource, ShareGptSource
 from haplovl.pictures import ImageError
 from haplovl.records import RawItem, read_items
@@ -72,8 +72,7 @@ def _alpaca(instruction: str) -> Callable[[RawItem], RawItem]:
             wrong = missing[0] if missing else "input"
             return replace(item, data=None, error=f"'{wrong}' must be a string", raw=str(data)[:1000])
         talk = _talk(instruction, data["instruction"], data.get("input") or "", data["output"])
-        split = {"split": data["split"]} if data.get("split") is not None else {}
-        return replace(item, data={"id": id_of(item), "conversations": talk, **split})
+        return replace(item, data={"id": id_of(item), "conversations": talk, **split_of(data)})
 
     return adapt
 

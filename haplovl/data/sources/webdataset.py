@@ -14,7 +14,7 @@ from typing import Any
 
 from haplovl.data.archives import ArchiveError, tar_members
 from haplovl.data.sources.common import Bringing, matching_files, media_files, unique_names
-from haplovl.data.sources.conversations import as_llava
+from haplovl.data.sources.conversations import as_llava, split_of
 from haplovl.data_settings import WebdatasetSource
 from haplovl.records import ENTRY_LIMIT, IMAGE_PLACEHOLDER, RawItem
 
@@ -77,10 +77,8 @@ def _sample(item: RawItem, key: str, members: list[tuple[str, str, str, str | No
         return replace(item, error=f"the sample '{key:.100}' has no picture", raw=str(sorted(files))[:1000])
     data: dict[str, Any] = {"id": f"{item.file.removesuffix('.tar')}/{key}", "image": f"tar:{item.file}!{shown}"}
     if isinstance(about, dict) and ("conversations" in about or "messages" in about):
-        adapted = as_llava(replace(item, data=about)).data
-        return replace(
-            item, data={**data, **{name: adapted[name] for name in adapted.keys() & {"conversations", "split"}}}
-        )
+        talk = as_llava(replace(item, data=about)).data["conversations"]
+        return replace(item, data={**data, **split_of(about), "conversations": talk})
     caption = next((files[ending][1] for ending in ("txt", "caption") if ending in files), None)
     if caption is None and isinstance(about, dict):
         caption = about.get("caption")
@@ -88,5 +86,4 @@ def _sample(item: RawItem, key: str, members: list[tuple[str, str, str, str | No
         return replace(item, error=f"the sample '{key:.100}' has no caption", raw=str(sorted(files))[:1000])
     question = f"{IMAGE_PLACEHOLDER}\n{prompt}" if prompt else IMAGE_PLACEHOLDER
     talk = [{"from": "human", "value": question, "kind": "caption"}, {"from": "gpt", "value": caption.strip()}]
-    split = {"split": about["split"]} if isinstance(about, dict) and about.get("split") is not None else {}
-    return replace(item, data={**data, **split, "conversations": talk})
+    return replace(item, data={**data, **split_of(about), "conversations": talk})
