@@ -148,7 +148,8 @@ class RunFolder:
 
     def note_validation(self, step: int, loss: float, rows: list[dict[str, Any]]) -> None:
         """Adds the validation loss to a checkpoint that was written without, and to the last row of the log."""
-        rows[-1]["validation_loss"] = loss
+        if rows and rows[-1]["step"] == step:
+            rows[-1]["validation_loss"] = loss
         if is_main():
             for path in (self.path / f"step-{step}").glob("rank-*.json"):
                 write_json(path, {**read_json(path), "validation_loss": loss})

@@ -99,7 +99,9 @@ def _run(
     say(f"{stage.name}: {'continuing after step ' + str(step) if step else 'starting'}, state in {folder.path}")
     stop, total, every = StopSignals(), stage.settings.steps, stage.settings.checkpoint_every
     earlier, tried_again = folder.keep_log(step), False
-    if validation and earlier and step % every == 0 and "validation_loss" not in earlier[-1]:
+    unscored = validation and earlier and step % every == 0 and "validation_loss" not in earlier[-1]
+    # The main rank decides for all: on a mounted bucket the others may see an older log.
+    if validation and reduce_sum(torch.tensor([float(bool(unscored) and is_main())])).item():
         # A stop signal left no time for it; the run is to end as if nobody had stopped it.
         score = validation.loss(engine, stage.objective, device)
         if score is not None:
